@@ -1,0 +1,123 @@
+// Argument checks of the ops. Every message reads "<op>: <argument> must <rule>, got <value>".
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "common/dtype.h"
+
+namespace nld {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Args>
+[[noreturn]] void fail(const Args&... args) {
+  std::ostringstream message;
+  (message << ... << args);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << ']';
+  return text.str();
+}
+
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::Byte: return "uint8";
+    default: return "an unsupported dtype";
+  }
+}
+
+// Unpacks the shape of a tensor and checks its rank: auto [total_q, num_heads, head_dim] = shape<3>(op, "q", q);
+template <int kRank>
+std::array<int64_t, kRank> shape(const char* op, const char* name, const Tensor& t) {
+  if (t.dim() != kRank) fail(op, ": ", name, " must have ", kRank, " dimensions, got shape ", shape_text(t));
+  std::array<int64_t, kRank> sizes;
+  for (int i = 0; i < kRank; ++i) sizes[i] = t.size(i);
+  return sizes;
+}
+
+inline void check_size(const char* op, const char* name, const Tensor& t, int64_t dim, int64_t size, const char* what) {
+  if (t.size(dim) != size) {
+    fail(op, ": ", name, " must have size ", size, " (", what, ") in dimension ", dim, ", got shape ", shape_text(t));
+  }
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType type) {
+  if (t.scalar_type() != type) fail(op, ": ", name, " must be ", dtype_name(type), ", got ", dtype_name(t.scalar_type()));
+}
+
+inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
+  if (t.scalar_type() != other.scalar_type()) {
+    fail(op, ": ", name, " must have the dtype of ", other_name, " (", dtype_name(other.scalar_type()), "), got ",
+         dtype_name(t.scalar_type()));
+  }
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
+  if (t.is_cuda() != other.is_cuda() || t.get_device_index() != other.get_device_index()) {
+    fail(op, ": ", name, " must be on the device of ", other_name);
+  }
+}
+
+// Kernels read rows with vector loads, so elements of the last dimension must lie side by side.
+inline void check_last_dim_dense(const char* op, const char* name, const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  if (t.size(last) > 1 && t.stride(last) != 1) {
+    fail(op, ": ", name, " must have stride 1 in its last dimension, got ", t.stride(last));
+  }
+}
+
+inline void check_contiguous(const char* op, const char* name, const Tensor& t) {
+  if (!t.is_contiguous()) fail(op, ": ", name, " must be contiguous, got strides that are not, for shape ", shape_text(t));
+}
+
+// A dense vector of per-request or per-row values: [size] of one dtype on the device of `like`.
+inline void check_vector(const char* op, const char* name, const Tensor& t, int64_t size, const char* what, ScalarType type,
+                         const char* like_name, const Tensor& like) {
+  shape<1>(op, name, t);
+  check_dtype(op, name, t, type);
+  check_size(op, name, t, 0, size, what);
+  check_contiguous(op, name, t);
+  check_device(op, name, t, like_name, like);
+}
+
+inline DType float_dtype(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::kF32;
+    case ScalarType::BFloat16: return DType::kBF16;
+    case ScalarType::Half: return DType::kF16;
+    default: fail(op, ": ", name, " must be float32, bfloat16 or float16, got ", dtype_name(t.scalar_type()));
+  }
+}
+
+template <class T>
+T* ptr(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+template <class T>
+T* ptr(const std::optional<Tensor>& t) {
+  return t ? static_cast<T*>(t->data_ptr()) : nullptr;
+}
+
+}  // namespace nld

@@ -1,0 +1,196 @@
+// One register of floats per ISA: 4 lanes (baseline), 8 (AVX2), 16 (AVX-512).
+// Everything is static inside the ISA's own namespace: the linker must never merge two builds of one function.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/dtype.h"
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#ifndef NLD_ISA
+#error "vec.h is for cpu.cpp files, which are compiled once per ISA with NLD_ISA set"
+#endif
+
+#define NLD_INLINE static inline __attribute__((always_inline))
+
+namespace nld::NLD_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float VecF __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t VecU16 __attribute__((vector_size(kLanes * 2)));
+
+NLD_INLINE VecF set1(float x) { return x - VecF{}; }  // "scalar op vector" broadcasts
+NLD_INLINE VecI as_int(VecF x) { return (VecI)x; }
+NLD_INLINE VecF as_float(VecI x) { return (VecF)x; }
+
+// ---- scalar conversions (round to nearest even; a NaN stays a NaN) ----
+NLD_INLINE float to_float(float x) { return x; }
+NLD_INLINE float to_float(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+NLD_INLINE float to_float(f16 x) {
+#if defined(__AVX2__)
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits)));
+#else
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  float f;
+  if (magnitude >= 0x7c00u) {  // inf, NaN
+    const uint32_t bits = sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13);
+    std::memcpy(&f, &bits, 4);
+    return f;
+  }
+  // The exponent field is moved into place and re-biased by a multiplication, which also handles subnormals.
+  const uint32_t bits = magnitude << 13;
+  std::memcpy(&f, &bits, 4);
+  f *= 0x1p112f;
+  uint32_t out;
+  std::memcpy(&out, &f, 4);
+  out |= sign;
+  std::memcpy(&f, &out, 4);
+  return f;
+#endif
+}
+NLD_INLINE void from_float(float x, float& out) { out = x; }
+NLD_INLINE void from_float(float x, bf16& out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {
+    out.bits = static_cast<uint16_t>((bits >> 16) | 0x40u);
+    return;
+  }
+  out.bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+NLD_INLINE void from_float(float x, f16& out) {
+#if defined(__AVX2__)
+  out.bits = static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT)));
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) {
+    out.bits = static_cast<uint16_t>(sign | 0x7e00u);
+  } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
+    out.bits = static_cast<uint16_t>(sign | 0x7c00u);
+  } else if (magnitude < 0x38800000u) {  // subnormal result: adding 0.5 leaves the rounded value in the low bits
+    float f;
+    std::memcpy(&f, &magnitude, 4);
+    f += 0.5f;
+    uint32_t rounded;
+    std::memcpy(&rounded, &f, 4);
+    out.bits = static_cast<uint16_t>(sign | (rounded - 0x3f000000u));
+  } else {
+    const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u;
+    out.bits = static_cast<uint16_t>(sign | (rounded >> 13));
+  }
+#endif
+}
+
+// ---- vector loads and stores: unaligned, converting ----
+NLD_INLINE VecF load(const float* p) {
+  VecF v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+NLD_INLINE VecF load(const bf16* p) {
+  VecU16 half;
+  std::memcpy(&half, p, sizeof(half));
+  return (VecF)(__builtin_convertvector(half, VecU) << 16);
+}
+NLD_INLINE VecF load(const f16* p) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (VecF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return VecF{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+#endif
+}
+NLD_INLINE void store(float* p, VecF v) { std::memcpy(p, &v, sizeof(v)); }
+template <class T>
+NLD_INLINE void store(T* p, VecF v) {
+  for (int i = 0; i < kLanes; ++i) from_float(v[i], p[i]);
+}
+
+// First n lanes of memory, the rest filled; for tails.
+template <class T>
+NLD_INLINE VecF load_partial(const T* p, int n, float fill) {
+  VecF v = set1(fill);
+  for (int i = 0; i < n; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+template <class T>
+NLD_INLINE void store_partial(T* p, VecF v, int n) {
+  for (int i = 0; i < n; ++i) from_float(v[i], p[i]);
+}
+
+// ---- arithmetic ----
+NLD_INLINE VecF fma(VecF a, VecF b, VecF c) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+// max(a, b) returns b where a is NaN: max(x, set1(-inf)) turns NaN into -inf.
+NLD_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }
+NLD_INLINE VecF min(VecF a, VecF b) { return a < b ? a : b; }
+
+NLD_INLINE float reduce_add(VecF v) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof(v));
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+NLD_INLINE float reduce_max(VecF v) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof(v));
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// e^x for x <= 88: relative error about 1e-7. Below -87.3 the result is 0 (subnormals are flushed).
+NLD_INLINE VecF exp(VecF x) {
+  constexpr float kLog2e = 1.44269504088896341f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+  const VecI underflow = x < -87.3f;
+  const VecF t = fma(x, set1(kLog2e), set1(kRound));
+  const VecF n = t - kRound;
+  VecF r = fma(n, set1(-kLn2Hi), x);
+  r = fma(n, set1(-kLn2Lo), r);
+  VecF p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  p = fma(p, r * r, r) + 1.0f;
+  const VecI exponent = as_int(t) << 23;
+  const VecF scaled = as_float(as_int(p) + exponent);
+  return underflow ? VecF{} : scaled;
+}
+
+}  // namespace nld::NLD_ISA

@@ -1,0 +1,108 @@
+// CPU code of the cache writes, compiled once per ISA.
+#include <math.h>
+
+#include "common/vec.h"
+#include "kv_cache/kv_cache.h"
+
+namespace nld::NLD_ISA {
+namespace {
+
+constexpr int kMaxFreqs = 256;  // op.cpp refuses larger heads
+
+// y[0..n) = first half, y[n..2n) = second half of the rotated part of one head; scale multiplies all of the head.
+template <class T>
+void rotate_head(const T* x, T* y, const float* cos, const float* sin, int64_t num_freqs, int64_t head_dim, float scale) {
+  int64_t i = 0;
+  for (; i + kLanes <= num_freqs; i += kLanes) {
+    const VecF first = load(x + i), second = load(x + num_freqs + i), c = load(cos + i), s = load(sin + i);
+    store(y + i, (first * c - second * s) * scale);
+    store(y + num_freqs + i, (second * c + first * s) * scale);
+  }
+  for (; i < num_freqs; ++i) {
+    const float first = to_float(x[i]), second = to_float(x[num_freqs + i]);
+    from_float((first * cos[i] - second * sin[i]) * scale, y[i]);
+    from_float((second * cos[i] + first * sin[i]) * scale, y[num_freqs + i]);
+  }
+  for (i = 2 * num_freqs; i < head_dim; ++i) from_float(to_float(x[i]) * scale, y[i]);
+}
+
+template <class T>
+T* cache_row(const PagedCache& cache, int64_t slot, int64_t page_size, int64_t head) {
+  return static_cast<T*>(cache.data) + (slot / page_size) * cache.page_stride + (slot % page_size) * cache.token_stride +
+         head * cache.head_stride;
+}
+
+template <class T>
+void rope_append_tokens(const RopeAppendParams& p, int64_t token_begin, int64_t token_end) {
+  float cos[kMaxFreqs], sin[kMaxFreqs];
+  for (int64_t token = token_begin; token < token_end; ++token) {
+    // The angle is one float32 product, as the published model computes it.
+    const float position = static_cast<float>(p.positions[token]);
+    for (int64_t i = 0; i < p.num_freqs; ++i) {
+      const float angle = position * p.inv_freq[i];
+      cos[i] = cosf(angle) * p.attention_scaling;
+      sin[i] = sinf(angle) * p.attention_scaling;
+    }
+    float q_scale = 1.0f;
+    if (p.query_scale_len > 0) {
+      q_scale += p.query_scale_beta * logf(1.0f + static_cast<float>(p.positions[token] / p.query_scale_len));
+    }
+    T* q = static_cast<T*>(p.q) + token * p.q_token_stride;
+    for (int64_t head = 0; head < p.num_heads; ++head, q += p.q_head_stride) {
+      rotate_head(q, q, cos, sin, p.num_freqs, p.head_dim, q_scale);
+    }
+    const int64_t slot = p.slots[token];
+    if (slot < 0 || slot >= p.num_slots) continue;
+    const T* k = static_cast<const T*>(p.k) + token * p.k_token_stride;
+    const T* v = static_cast<const T*>(p.v) + token * p.v_token_stride;
+    for (int64_t head = 0; head < p.num_kv_heads; ++head, k += p.k_head_stride, v += p.v_head_stride) {
+      rotate_head(k, cache_row<T>(p.k_cache, slot, p.page_size, head), cos, sin, p.num_freqs, p.head_dim, 1.0f);
+      memcpy(cache_row<T>(p.v_cache, slot, p.page_size, head), v, p.head_dim * sizeof(T));
+    }
+  }
+}
+
+void rope_append(const RopeAppendParams& p, int64_t token_begin, int64_t token_end) {
+  switch (p.dtype) {
+    case DType::kF32: return rope_append_tokens<float>(p, token_begin, token_end);
+    case DType::kBF16: return rope_append_tokens<bf16>(p, token_begin, token_end);
+    case DType::kF16: return rope_append_tokens<f16>(p, token_begin, token_end);
+  }
+}
+
+// Moves only need bytes. A source never lies before its destination and both grow, so ascending order is safe in place.
+void compact_one(const CompactParams& p, const PagedCache& cache, int64_t layer_stride, int64_t layer, int64_t request) {
+  const int32_t* pages = p.page_table + request * p.page_table_stride;
+  const int64_t row_bytes = p.head_dim * p.element_size;
+  const int64_t base = p.base_lens[request];
+  const auto at = [&](int64_t index, int64_t head) -> char* {
+    const int64_t page = index / p.page_size;
+    if (page < 0 || page >= p.max_pages || pages[page] < 0 || pages[page] >= p.num_pages) return nullptr;
+    const int64_t offset = layer * layer_stride + pages[page] * cache.page_stride + (index % p.page_size) * cache.token_stride +
+                           head * cache.head_stride;
+    return static_cast<char*>(cache.data) + offset * p.element_size;
+  };
+  const int64_t num_kept = p.num_kept[request] < p.max_kept ? p.num_kept[request] : p.max_kept;
+  for (int64_t i = 0; i < num_kept; ++i) {
+    const int64_t src = base + p.src_offsets[request * p.max_kept + i], dst = base + i;
+    if (src == dst) continue;
+    for (int64_t head = 0; head < p.num_kv_heads; ++head) {
+      char *from = at(src, head), *to = at(dst, head);
+      if (from != nullptr && to != nullptr) memmove(to, from, row_bytes);
+    }
+  }
+}
+
+void compact(const CompactParams& p, int64_t item_begin, int64_t item_end) {
+  for (int64_t item = item_begin; item < item_end; ++item) {
+    const int64_t layer = item / p.batch, request = item % p.batch;
+    compact_one(p, p.k_cache, p.k_layer_stride, layer, request);
+    compact_one(p, p.v_cache, p.v_layer_stride, layer, request);
+  }
+}
+
+}  // namespace
+
+extern const KvCacheCpu kv_cache_cpu = {rope_append, compact};
+
+}  // namespace nld::NLD_ISA

@@ -1,0 +1,5 @@
+"""Tri-mode language models: autoregressive, block diffusion and self-speculation, one set of weights."""
+
+from nld_cuda import ops as ops
+
+__version__ = "0.1.0"
