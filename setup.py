@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -35,19 +36,26 @@ def find_torch() -> Path:
     )
 
 
+def find_tool(name: str) -> str:
+    """Locate cmake or ninja: beside this Python first, so that an unactivated environment works."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.is_file() else shutil.which(name)
+    return found or sys.exit(f"nld_cuda: {name} not found: run `pip install {name}`")
+
+
 class CMakeBuild(build_ext):
     """Builds libnld_ops.so and nld_cuda._C with CMake and Ninja."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        build_dir = Path(self.build_temp).resolve()
-
+        build_dir = self.build_dir()
         configure = [
-            "cmake",
+            find_tool("cmake"),
             "-S", str(ROOT),
             "-B", str(build_dir),
             "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             f"-DTORCH_DIR={find_torch()}",
             f"-DNLD_VERSION={self.distribution.get_version()}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -59,13 +67,20 @@ class CMakeBuild(build_ext):
             configure.append("-DNLD_WITH_CUDA=OFF")
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 2))
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build_dir), "--parallel", jobs], check=True)
+        build = [find_tool("cmake"), "--build", str(build_dir), "--parallel", jobs]
+        subprocess.run(build, check=True)
         self.install_libraries(Path(self.build_lib).resolve())
         if getattr(self, "editable_mode", False):
             self.copy_extensions_to_source()
 
+    def build_dir(self) -> Path:
+        # setuptools gives editable builds a new temporary folder each time; keeping one makes rebuilds quick.
+        if getattr(self, "editable_mode", False):
+            return ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
+        return Path(self.build_temp).resolve()
+
     def install_libraries(self, prefix: Path) -> None:
-        command = ["cmake", "--install", str(Path(self.build_temp).resolve()), "--prefix"]
+        command = [find_tool("cmake"), "--install", str(self.build_dir()), "--prefix"]
         subprocess.run([*command, str(prefix)], check=True)
 
     def copy_extensions_to_source(self) -> None:
