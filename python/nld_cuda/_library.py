@@ -6,12 +6,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    raise ImportError("nld_cuda: torch >= 2.11 must be installed, found none: pip install torch") from None
 
 LIBRARY_PATH = Path(__file__).with_name("libnld_ops.so")
 
 
 def _load() -> ModuleType | None:
+    version = torch.__version__.split("+")[0].split(".")[:2]
+    if tuple(map(int, version)) < (2, 11):
+        raise ImportError(f"nld_cuda: torch must be >= 2.11, got {torch.__version__}")
     if not LIBRARY_PATH.is_file():
         raise ImportError(
             f"nld_cuda: {LIBRARY_PATH.name} must lie beside the package, found none in "

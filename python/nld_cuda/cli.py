@@ -1,0 +1,257 @@
+"""The `nld` command: generate text, compare the decode modes, show what was built."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+MODES = ("ar", "diffusion", "linear-spec", "quadratic-spec")
+
+GENERATE_EXAMPLES = """examples:
+  nld generate "sum 17 25" --mode linear-spec
+  echo "sum 17 25" | nld generate --mode diffusion --threshold 0.9 --show-denoising
+  nld generate "sum 17 25" --model path/to/checkpoint --temperature 0.7 --seed 3 --json
+"""
+COMPARE_EXAMPLES = """examples:
+  nld compare --demo                      problems the packaged model was not trained on
+  nld compare "sum 17 25" --max-new-tokens 64
+  nld compare --model path/to/checkpoint --json < prompt.txt
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="nld",
+        description="Run tri-mode language models: autoregressive, block diffusion, self-speculation.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    raw = argparse.RawDescriptionHelpFormatter
+
+    generate = commands.add_parser(
+        "generate", help="continue a prompt", epilog=GENERATE_EXAMPLES, formatter_class=raw
+    )
+    add_model_arguments(generate)
+    add_decode_arguments(generate)
+    generate.add_argument("--mode", choices=MODES, default="linear-spec", help="decode mode (default: %(default)s)")
+    generate.add_argument("--no-stream", action="store_true", help="print the text when all of it is there")
+    generate.add_argument(
+        "--show-denoising", action="store_true",
+        help="show the block being denoised, and drafts being accepted or rejected",
+    )  # fmt: skip
+    generate.set_defaults(run=run_generate)
+
+    compare = commands.add_parser(
+        "compare", help="run every mode on one prompt, side by side", epilog=COMPARE_EXAMPLES, formatter_class=raw
+    )
+    add_model_arguments(compare)
+    add_decode_arguments(compare)
+    compare.add_argument(
+        "--demo", action="store_true",
+        help="use held-out problems that come with the packaged model, and check the answers",
+    )  # fmt: skip
+    compare.set_defaults(run=run_compare)
+
+    info = commands.add_parser("info", help="show versions, instruction set, GPU architectures, devices")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=run_info)
+    return parser
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what chooses prompt, checkpoint and device."""
+    parser.add_argument("prompt", nargs="?", help="the prompt; read from standard input when absent")
+    parser.add_argument(
+        "--model", default="nld-tiny", metavar="PATH",
+        help="checkpoint folder, or the packaged model nld-tiny (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto is the checkpoint's own (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lora", default="auto", metavar="PATH",
+        help="drafting adapter: auto (linear_spec_lora beside the weights), none, or a folder",
+    )  # fmt: skip
+
+
+def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the decode parameters that all modes share."""
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--block-length", type=int, metavar="N", help="tokens per diffusion block (default: the model's own)"
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=0.9, metavar="P",
+        help="diffusion commits tokens of at least this confidence (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random draws (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: text, tokens and statistics")
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """Return the prompt of the command line, or all of standard input without its last newline."""
+    if args.prompt is not None:
+        return str(args.prompt)
+    if sys.stdin.isatty():
+        raise ValueError("prompt must be given as an argument or on standard input, got none")
+    return sys.stdin.read().removesuffix("\n")
+
+
+def load_model(args: argparse.Namespace) -> Any:
+    """Load the checkpoint, with a progress line on a terminal."""
+    import nld_cuda
+
+    def progress(done: int, total: int) -> None:
+        print(f"\rloading {args.model}: {done}/{total} tensors", end="", file=sys.stderr, flush=True)
+
+    show = sys.stderr.isatty() and not args.json
+    model = nld_cuda.load(
+        args.model, device=args.device, dtype=args.dtype, lora=args.lora, progress=progress if show else None
+    )
+    if show:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    return model
+
+
+def decode_options(args: argparse.Namespace, mode: str) -> dict[str, Any]:
+    """Translate command-line names into those of `nld_cuda.generate`."""
+    options: dict[str, Any] = {
+        "mode": mode.replace("-", "_"),
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "seed": args.seed,
+    }
+    if args.block_length is not None and mode != "ar":
+        options["block_length"] = args.block_length
+    if mode == "diffusion":
+        options["threshold"] = args.threshold
+    return options
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Continue one prompt; stream it unless JSON or the whole text is asked for."""
+    import nld_cuda
+
+    prompt = read_prompt(args)
+    model = load_model(args)
+    options = decode_options(args, args.mode)
+    if args.json or args.no_stream:
+        result = nld_cuda.generate(model, [prompt], **options)
+        if args.json:
+            print(json.dumps(result_record(result, args.mode)))
+        else:
+            print(result.text[0])
+        return 0
+    from nld_cuda import cli_view
+
+    show = cli_view.show_denoising if args.show_denoising else cli_view.show_text
+    stats = show(nld_cuda.stream(model, prompt, **options))
+    if stats is not None:
+        print(cli_view.stats_line(args.mode, stats), file=sys.stderr)
+    return 0
+
+
+def result_record(result: Any, mode: str) -> dict[str, Any]:
+    """Return the JSON object of one result."""
+    return {
+        "mode": mode,
+        "text": result.text[0] if result.text is not None else None,
+        "tokens": result.tokens[0],
+        "finish_reason": result.finish_reason[0],
+        "stats": result.stats.to_dict(),
+    }
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Run every mode on the same prompt and print text, tokens per forward and speed side by side."""
+    import nld_cuda
+    from nld_cuda import cli_view
+
+    if args.demo:
+        if args.prompt is not None or args.model != "nld-tiny":
+            raise ValueError("--demo must stand alone: it brings its own prompts and model")
+        problems = demo_problems()
+    else:
+        problems = [{"prompt": read_prompt(args), "answer": None, "kind": None}]
+    model = load_model(args)
+    runs = [(mode, decode_options(args, mode)) for mode in MODES]
+    # Two first rounds are not counted: they pay for page faults and torch's own set-up.
+    for mode_options in (options for _, options in runs):
+        nld_cuda.generate(model, [problems[0]["prompt"]], **{**mode_options, "max_new_tokens": 16})
+    records = []
+    for problem in problems:
+        rows = []
+        for mode, options in runs:
+            start = time.perf_counter()
+            result = nld_cuda.generate(model, [problem["prompt"]], **options)
+            record = result_record(result, mode)
+            record["seconds"] = time.perf_counter() - start
+            if problem["answer"] is not None:
+                record["correct"] = record["text"].strip() == problem["answer"].strip()
+            rows.append(record)
+        records.append({"prompt": problem["prompt"], "kind": problem["kind"], "modes": rows})
+        if not args.json:
+            cli_view.print_comparison(records[-1])
+    if args.json:
+        print(json.dumps(records))
+    return 0
+
+
+def demo_problems() -> list[dict[str, Any]]:
+    """Return one held-out problem of each kind that the packaged model knows."""
+    from pathlib import Path
+
+    path = Path(__file__).parent / "assets" / "nld-tiny" / "heldout.jsonl"
+    first: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        problem = json.loads(line)
+        first.setdefault(problem["kind"], problem)
+    return list(first.values())
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """Print what was built and what this machine offers."""
+    from nld_cuda.info import build_info
+
+    info = build_info()
+    if args.json:
+        print(json.dumps(info))
+        return 0
+    archs = info["cuda_archs"] or "none: this build has the CPU kernels only"
+    print(f"nld_cuda {info['nld_cuda']}, torch {info['torch']}, Python {info['python']}")
+    print(f"CPU kernels: {info['cpu_isa']} (this machine can run {info['best_cpu_isa']}), {info['cpu_threads']} threads")
+    print(f"GPU architectures: {archs}")
+    print(f"devices: {', '.join(info['devices'])}")
+    print(f"library: {info['library']}")
+    return 0
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print one line and leave."""
+    print(f"nld: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command. Exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        sys.exit(args.run(args))
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader of our output has gone; there is nobody left to tell.
+            sys.stderr.close()
+            sys.exit(0)
+        fail(str(error), 2)
+    except RuntimeError as error:
+        fail(str(error), 1)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
