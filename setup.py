@@ -74,7 +74,8 @@ class CMakeBuild(build_ext):
             self.copy_extensions_to_source()
 
     def build_dir(self) -> Path:
-        # setuptools gives editable builds a new temporary folder each time; keeping one makes rebuilds quick.
+        # setuptools gives editable builds a new temporary folder each time; keeping one folder
+        # makes rebuilds quick.
         if getattr(self, "editable_mode", False):
             return ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
         return Path(self.build_temp).resolve()
@@ -84,7 +85,7 @@ class CMakeBuild(build_ext):
         subprocess.run([*command, str(prefix)], check=True)
 
     def copy_extensions_to_source(self) -> None:
-        """Install beside the sources: an editable or in-place build imports the package from there."""
+        """Install beside the sources, from where an editable or in-place build is imported."""
         self.install_libraries(ROOT / "python")
 
 

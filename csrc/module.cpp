@@ -15,8 +15,9 @@ void set_cpu_isa(const std::string& name) {
   for (int isa = 0; isa < 3; ++isa) {
     if (name != nld::kCpuIsaNames[isa]) continue;
     if (nld_set_cpu_isa(isa) != 0) {
-      throw std::invalid_argument("set_cpu_isa: isa must be at most '" + std::string(nld::kCpuIsaNames[nld_best_cpu_isa()]) +
-                                  "' on this machine, got '" + name + "'");
+      throw std::invalid_argument("set_cpu_isa: isa must be at most '" +
+                                  std::string(nld::kCpuIsaNames[nld_best_cpu_isa()]) + "' on this machine, got '" +
+                                  name + "'");
     }
     return;
   }
@@ -28,10 +29,12 @@ void set_cpu_isa(const std::string& name) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and CPU instruction-set selection of nld_cuda.";
   m.def("cpu_isa", [] { return nld::kCpuIsaNames[nld_cpu_isa()]; }, "Return the instruction set the CPU kernels use.");
-  m.def("best_cpu_isa", [] { return nld::kCpuIsaNames[nld_best_cpu_isa()]; },
-        "Return the most capable instruction set this machine can run.");
+  m.def(
+      "best_cpu_isa", [] { return nld::kCpuIsaNames[nld_best_cpu_isa()]; },
+      "Return the most capable instruction set this machine can run.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("isa"),
         "Force an instruction set: 'baseline', 'avx2' or 'avx512'. For tests; raises ValueError where it cannot run.");
-  m.def("cuda_archs", &nld_cuda_archs, "Return the compiled GPU architectures, comma separated; '' for a CPU-only build.");
+  m.def("cuda_archs", &nld_cuda_archs,
+        "Return the compiled GPU architectures, comma separated; '' for a CPU-only build.");
   m.def("version", &nld_version, "Return the version the library was built as.");
 }

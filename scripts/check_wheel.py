@@ -1,6 +1,6 @@
 """Build the wheel and check what makes it portable: its symbols and its manylinux tag.
 
-Usage: python scripts/check_wheel.py (from the root of the repository; needs auditwheel, patchelf, nm)
+Usage: python scripts/check_wheel.py (needs auditwheel, patchelf and nm)
 """
 
 from __future__ import annotations

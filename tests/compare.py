@@ -8,8 +8,12 @@ from torch import Tensor
 
 def assert_equal(actual: Tensor, expected: Tensor, name: str = "tensor") -> None:
     """Fail with the first differing coordinate and both values. NaN equals NaN here."""
-    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
-    assert actual.dtype == expected.dtype, f"{name}: dtype {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, (
+        f"{name}: shape {actual.shape}, expected {expected.shape}"
+    )
+    assert actual.dtype == expected.dtype, (
+        f"{name}: dtype {actual.dtype}, expected {expected.dtype}"
+    )
     actual, expected = actual.cpu(), expected.cpu()
     same = actual == expected
     if actual.is_floating_point():
@@ -23,13 +27,19 @@ def assert_equal(actual: Tensor, expected: Tensor, name: str = "tensor") -> None
 
 
 def assert_accurate(
-    actual: Tensor, reference64: Tensor, same_precision: Tensor, name: str = "tensor", tiny: float = 1e-6
+    actual: Tensor,
+    reference64: Tensor,
+    same_precision: Tensor,
+    name: str = "tensor",
+    tiny: float = 1e-6,
 ) -> None:
-    """Require error(actual) <= 2 * error(plain PyTorch in the same dtype) + tiny, and equal infinities.
+    """Require error(actual) <= 2 * error(PyTorch in the same dtype) + tiny, and equal infinities.
 
     `reference64` is the float64 result, `same_precision` the reference run in the op's own dtype.
     """
-    actual, exact, plain = (t.detach().cpu().double() for t in (actual, reference64, same_precision))
+    actual, exact, plain = (
+        t.detach().cpu().double() for t in (actual, reference64, same_precision)
+    )
     assert actual.shape == exact.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
     assert not exact.isnan().any(), f"{name}: the reference itself holds NaN"
     assert torch.equal(actual.isinf(), exact.isinf()), f"{name}: infinities differ"

@@ -1,4 +1,4 @@
-"""Backends for the test bodies: the CPU kernels of each ISA this machine can run, and CUDA when present."""
+"""Backends of the test bodies: the CPU kernels of each ISA this machine runs, CUDA when present."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""rope_append_ and compact_ against their reference, over odd sizes, strides, page sizes and poison."""
+"""rope_append_ and compact_ against their reference: odd sizes, strides, page sizes, poison."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from compare import assert_accurate, assert_equal
 
+from compare import assert_accurate, assert_equal
 from nld_cuda import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -41,7 +41,11 @@ def make(case: Case, dtype: torch.dtype, device: str) -> dict:
         pages = case.tokens // case.page_size + 3
         shape = (pages, case.page_size, case.kv_heads, case.dim)
         if case.hnd:
-            return torch.full((pages, case.kv_heads, case.page_size, case.dim), torch.nan).to(dtype).transpose(1, 2)
+            return (
+                torch.full((pages, case.kv_heads, case.page_size, case.dim), torch.nan)
+                .to(dtype)
+                .transpose(1, 2)
+            )
         return torch.full(shape, torch.nan, dtype=dtype)
 
     # q, k and v as views of one projection: strided, and k and v must stay as they are
@@ -64,7 +68,13 @@ def make(case: Case, dtype: torch.dtype, device: str) -> dict:
 
 def run(fn, case: Case, data: dict, **kw) -> dict:
     q, k, v = data["qkv"].split([case.heads, case.kv_heads, case.kv_heads], dim=1)
-    fn(q, k, v, *(data[n] for n in ("k_cache", "v_cache", "positions", "slot_mapping", "inv_freq")), **kw)
+    fn(
+        q,
+        k,
+        v,
+        *(data[n] for n in ("k_cache", "v_cache", "positions", "slot_mapping", "inv_freq")),
+        **kw,
+    )
     return data
 
 
@@ -81,9 +91,7 @@ def test_rope_append(case: Case, dtype: torch.dtype, backend) -> None:
     actual = run(ops.rope_append_, case, data, **kw)
     assert_accurate(actual["qkv"], exact["qkv"], plain["qkv"], "q")
     assert_equal(actual["k_cache"].isnan(), exact["k_cache"].isnan(), "k_cache slots written")
-    assert_accurate(
-        *(d["k_cache"].nan_to_num(0) for d in (actual, exact, plain)), name="k_cache"
-    )
+    assert_accurate(*(d["k_cache"].nan_to_num(0) for d in (actual, exact, plain)), name="k_cache")
     assert_equal(actual["v_cache"], plain["v_cache"], "v_cache")
 
 
@@ -101,7 +109,9 @@ def test_compact(page_size: int, layers: int, hnd: bool, backend) -> None:
     base = torch.tensor([0, 3, 8], dtype=torch.int32)
     offsets = (torch.arange(max_kept, dtype=torch.int32) * stride).repeat(batch, 1)
     kept = torch.tensor([5, 0, 3], dtype=torch.int32)
-    args = [t.to(backend.device) for t in (k_cache.clone(), v_cache.clone(), table, base, offsets, kept)]
+    args = [
+        t.to(backend.device) for t in (k_cache.clone(), v_cache.clone(), table, base, offsets, kept)
+    ]
     reference.compact_(k_cache, v_cache, table, base, offsets, kept)
     ops.compact_(*args)
     assert_equal(args[0], k_cache, "k_cache")
@@ -111,13 +121,21 @@ def test_compact(page_size: int, layers: int, hnd: bool, backend) -> None:
 def test_opcheck() -> None:
     case = CASES[1]
     data = make(case, torch.float32, "cpu")
-    q, k, v = (t.contiguous() for t in data["qkv"].split([case.heads, case.kv_heads, case.kv_heads], dim=1))
+    q, k, v = (
+        t.contiguous() for t in data["qkv"].split([case.heads, case.kv_heads, case.kv_heads], dim=1)
+    )
     rest = [data[n].nan_to_num(0) for n in ("k_cache", "v_cache")]
     rest += [data[n] for n in ("positions", "slot_mapping", "inv_freq")]
     torch.library.opcheck(torch.ops.nld.rope_append_, (q, k, v, *rest), {"query_scale_len": 100})
     cache = torch.randn(2, 6, 4, 2, 8)
-    ints = [torch.arange(6).int().view(1, 6), torch.tensor([2]).int(), torch.tensor([[0, 3, 6]]).int()]
-    torch.library.opcheck(torch.ops.nld.compact_, (cache, cache.clone(), *ints, torch.tensor([3]).int()))
+    ints = [
+        torch.arange(6).int().view(1, 6),
+        torch.tensor([2]).int(),
+        torch.tensor([[0, 3, 6]]).int(),
+    ]
+    torch.library.opcheck(
+        torch.ops.nld.compact_, (cache, cache.clone(), *ints, torch.tensor([3]).int())
+    )
 
 
 @pytest.mark.parametrize(
@@ -151,7 +169,9 @@ def test_compiles_with_dynamic_shapes() -> None:
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
     for tokens in (5, 9, 33):
-        data = make(Case(tokens, case.heads, case.kv_heads, case.dim, case.page_size), torch.float32, "cpu")
+        data = make(
+            Case(tokens, case.heads, case.kv_heads, case.dim, case.page_size), torch.float32, "cpu"
+        )
         copy = {n: t.clone() for n, t in data.items()}
         names = ("k_cache", "v_cache", "positions", "slot_mapping", "inv_freq")
         q, k, v = (t.contiguous() for t in data["qkv"].split([8, 2, 2], dim=1))

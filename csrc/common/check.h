@@ -36,15 +36,24 @@ inline std::string shape_text(const Tensor& t) {
 
 inline const char* dtype_name(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::Byte: return "uint8";
-    default: return "an unsupported dtype";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Byte:
+      return "uint8";
+    default:
+      return "an unsupported dtype";
   }
 }
 
@@ -64,17 +73,20 @@ inline void check_size(const char* op, const char* name, const Tensor& t, int64_
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType type) {
-  if (t.scalar_type() != type) fail(op, ": ", name, " must be ", dtype_name(type), ", got ", dtype_name(t.scalar_type()));
+  if (t.scalar_type() != type)
+    fail(op, ": ", name, " must be ", dtype_name(type), ", got ", dtype_name(t.scalar_type()));
 }
 
-inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
+inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* other_name,
+                             const Tensor& other) {
   if (t.scalar_type() != other.scalar_type()) {
     fail(op, ": ", name, " must have the dtype of ", other_name, " (", dtype_name(other.scalar_type()), "), got ",
          dtype_name(t.scalar_type()));
   }
 }
 
-inline void check_device(const char* op, const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
+inline void check_device(const char* op, const char* name, const Tensor& t, const char* other_name,
+                         const Tensor& other) {
   if (t.is_cuda() != other.is_cuda() || t.get_device_index() != other.get_device_index()) {
     fail(op, ": ", name, " must be on the device of ", other_name);
   }
@@ -89,12 +101,13 @@ inline void check_last_dim_dense(const char* op, const char* name, const Tensor&
 }
 
 inline void check_contiguous(const char* op, const char* name, const Tensor& t) {
-  if (!t.is_contiguous()) fail(op, ": ", name, " must be contiguous, got strides that are not, for shape ", shape_text(t));
+  if (!t.is_contiguous())
+    fail(op, ": ", name, " must be contiguous, got strides that are not, for shape ", shape_text(t));
 }
 
 // A dense vector of per-request or per-row values: [size] of one dtype on the device of `like`.
-inline void check_vector(const char* op, const char* name, const Tensor& t, int64_t size, const char* what, ScalarType type,
-                         const char* like_name, const Tensor& like) {
+inline void check_vector(const char* op, const char* name, const Tensor& t, int64_t size, const char* what,
+                         ScalarType type, const char* like_name, const Tensor& like) {
   shape<1>(op, name, t);
   check_dtype(op, name, t, type);
   check_size(op, name, t, 0, size, what);
@@ -104,10 +117,14 @@ inline void check_vector(const char* op, const char* name, const Tensor& t, int6
 
 inline DType float_dtype(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kF32;
-    case ScalarType::BFloat16: return DType::kBF16;
-    case ScalarType::Half: return DType::kF16;
-    default: fail(op, ": ", name, " must be float32, bfloat16 or float16, got ", dtype_name(t.scalar_type()));
+    case ScalarType::Float:
+      return DType::kF32;
+    case ScalarType::BFloat16:
+      return DType::kBF16;
+    case ScalarType::Half:
+      return DType::kF16;
+    default:
+      fail(op, ": ", name, " must be float32, bfloat16 or float16, got ", dtype_name(t.scalar_type()));
   }
 }
 

@@ -11,7 +11,8 @@ constexpr int kMaxFreqs = 256;  // op.cpp refuses larger heads
 
 // y[0..n) = first half, y[n..2n) = second half of the rotated part of one head; scale multiplies all of the head.
 template <class T>
-void rotate_head(const T* x, T* y, const float* cos, const float* sin, int64_t num_freqs, int64_t head_dim, float scale) {
+void rotate_head(const T* x, T* y, const float* cos, const float* sin, int64_t num_freqs, int64_t head_dim,
+                 float scale) {
   int64_t i = 0;
   for (; i + kLanes <= num_freqs; i += kLanes) {
     const VecF first = load(x + i), second = load(x + num_freqs + i), c = load(cos + i), s = load(sin + i);
@@ -28,8 +29,8 @@ void rotate_head(const T* x, T* y, const float* cos, const float* sin, int64_t n
 
 template <class T>
 T* cache_row(const PagedCache& cache, int64_t slot, int64_t page_size, int64_t head) {
-  return static_cast<T*>(cache.data) + (slot / page_size) * cache.page_stride + (slot % page_size) * cache.token_stride +
-         head * cache.head_stride;
+  return static_cast<T*>(cache.data) + (slot / page_size) * cache.page_stride +
+         (slot % page_size) * cache.token_stride + head * cache.head_stride;
 }
 
 template <class T>
@@ -64,22 +65,26 @@ void rope_append_tokens(const RopeAppendParams& p, int64_t token_begin, int64_t 
 
 void rope_append(const RopeAppendParams& p, int64_t token_begin, int64_t token_end) {
   switch (p.dtype) {
-    case DType::kF32: return rope_append_tokens<float>(p, token_begin, token_end);
-    case DType::kBF16: return rope_append_tokens<bf16>(p, token_begin, token_end);
-    case DType::kF16: return rope_append_tokens<f16>(p, token_begin, token_end);
+    case DType::kF32:
+      return rope_append_tokens<float>(p, token_begin, token_end);
+    case DType::kBF16:
+      return rope_append_tokens<bf16>(p, token_begin, token_end);
+    case DType::kF16:
+      return rope_append_tokens<f16>(p, token_begin, token_end);
   }
 }
 
 // Moves only need bytes. A source never lies before its destination and both grow, so ascending order is safe in place.
-void compact_one(const CompactParams& p, const PagedCache& cache, int64_t layer_stride, int64_t layer, int64_t request) {
+void compact_one(const CompactParams& p, const PagedCache& cache, int64_t layer_stride, int64_t layer,
+                 int64_t request) {
   const int32_t* pages = p.page_table + request * p.page_table_stride;
   const int64_t row_bytes = p.head_dim * p.element_size;
   const int64_t base = p.base_lens[request];
   const auto at = [&](int64_t index, int64_t head) -> char* {
     const int64_t page = index / p.page_size;
     if (page < 0 || page >= p.max_pages || pages[page] < 0 || pages[page] >= p.num_pages) return nullptr;
-    const int64_t offset = layer * layer_stride + pages[page] * cache.page_stride + (index % p.page_size) * cache.token_stride +
-                           head * cache.head_stride;
+    const int64_t offset = layer * layer_stride + pages[page] * cache.page_stride +
+                           (index % p.page_size) * cache.token_stride + head * cache.head_stride;
     return static_cast<char*>(cache.data) + offset * p.element_size;
   };
   const int64_t num_kept = p.num_kept[request] < p.max_kept ? p.num_kept[request] : p.max_kept;

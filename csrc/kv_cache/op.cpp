@@ -56,7 +56,8 @@ RopeAppendParams rope_append_params(const Tensor& q, const Tensor& k, const Tens
   const auto [num_freqs] = shape<1>(op, "inv_freq", inv_freq);
   check_vector(op, "inv_freq", inv_freq, num_freqs, "frequencies", ScalarType::Float, "q", q);
   if (2 * num_freqs > head_dim || num_freqs > 256) {
-    fail(op, ": inv_freq must have at most head_dim / 2 = ", head_dim / 2, " (and at most 256) elements, got ", num_freqs);
+    fail(op, ": inv_freq must have at most head_dim / 2 = ", head_dim / 2, " (and at most 256) elements, got ",
+         num_freqs);
   }
   if (query_scale_len < 0) fail(op, ": query_scale_len must be >= 0 (0 = no query scale), got ", query_scale_len);
   return {.dtype = float_dtype(op, "q", q),
@@ -86,8 +87,9 @@ RopeAppendParams rope_append_params(const Tensor& q, const Tensor& k, const Tens
           .query_scale_len = query_scale_len};
 }
 
-void rope_append_cpu(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor positions, Tensor slot_mapping,
-                     Tensor inv_freq, double attention_scaling, double query_scale_beta, int64_t query_scale_len) {
+void rope_append_cpu(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor positions,
+                     Tensor slot_mapping, Tensor inv_freq, double attention_scaling, double query_scale_beta,
+                     int64_t query_scale_len) {
   const RopeAppendParams p = rope_append_params(q, k, v, k_cache, v_cache, positions, slot_mapping, inv_freq,
                                                 attention_scaling, query_scale_beta, query_scale_len);
   const KvCacheCpu& cpu = cpu_kernels();
@@ -98,8 +100,8 @@ void rope_append_cpu(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cach
                               [&](int64_t begin, int64_t end) { cpu.rope_append(p, begin, end); });
 }
 
-CompactParams compact_params(const Tensor& k_cache, const Tensor& v_cache, const Tensor& page_table, const Tensor& base_lens,
-                             const Tensor& src_offsets, const Tensor& num_kept) {
+CompactParams compact_params(const Tensor& k_cache, const Tensor& v_cache, const Tensor& page_table,
+                             const Tensor& base_lens, const Tensor& src_offsets, const Tensor& num_kept) {
   const char* op = "compact_";
   const auto [num_layers, num_pages, page_size, num_kv_heads, head_dim] = shape<5>(op, "k_cache", k_cache);
   const auto [batch, max_kept] = shape<2>(op, "src_offsets", src_offsets);
@@ -135,10 +137,12 @@ CompactParams compact_params(const Tensor& k_cache, const Tensor& v_cache, const
           .num_kept = ptr<int32_t>(num_kept)};
 }
 
-void compact_cpu(Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor base_lens, Tensor src_offsets, Tensor num_kept) {
+void compact_cpu(Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor base_lens, Tensor src_offsets,
+                 Tensor num_kept) {
   const CompactParams p = compact_params(k_cache, v_cache, page_table, base_lens, src_offsets, num_kept);
   const KvCacheCpu& cpu = cpu_kernels();
-  torch::stable::parallel_for(0, p.num_layers * p.batch, 4, [&](int64_t begin, int64_t end) { cpu.compact(p, begin, end); });
+  torch::stable::parallel_for(0, p.num_layers * p.batch, 4,
+                              [&](int64_t begin, int64_t end) { cpu.compact(p, begin, end); });
 }
 
 }  // namespace

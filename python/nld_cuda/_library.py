@@ -9,7 +9,9 @@ from typing import Any
 try:
     import torch
 except ModuleNotFoundError:
-    raise ImportError("nld_cuda: torch >= 2.11 must be installed, found none: pip install torch") from None
+    raise ImportError(
+        "nld_cuda: torch >= 2.11 must be installed, found none: pip install torch"
+    ) from None
 
 LIBRARY_PATH = Path(__file__).with_name("libnld_ops.so")
 
@@ -27,7 +29,7 @@ def _load() -> ModuleType | None:
     torch.ops.load_library(str(LIBRARY_PATH))
     try:
         # Built for one Python version; the ops work without it.
-        from nld_cuda import _C
+        from nld_cuda import _C  # type: ignore[attr-defined]
     except ImportError:
         return None
     return _C

@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="nld",
-        description="Run tri-mode language models: autoregressive, block diffusion, self-speculation.",
+        description="Run tri-mode language models: ar, block diffusion, self-speculation.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     raw = argparse.RawDescriptionHelpFormatter
@@ -37,8 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_model_arguments(generate)
     add_decode_arguments(generate)
-    generate.add_argument("--mode", choices=MODES, default="linear-spec", help="decode mode (default: %(default)s)")
-    generate.add_argument("--no-stream", action="store_true", help="print the text when all of it is there")
+    generate.add_argument(
+        "--mode", choices=MODES, default="linear-spec", help="decode mode (default: %(default)s)"
+    )
+    generate.add_argument(
+        "--no-stream", action="store_true", help="print the text when all of it is there"
+    )
     generate.add_argument(
         "--show-denoising", action="store_true",
         help="show the block being denoised, and drafts being accepted or rejected",
@@ -46,7 +50,10 @@ def build_parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=run_generate)
 
     compare = commands.add_parser(
-        "compare", help="run every mode on one prompt, side by side", epilog=COMPARE_EXAMPLES, formatter_class=raw
+        "compare",
+        help="run every mode on one prompt, side by side",
+        epilog=COMPARE_EXAMPLES,
+        formatter_class=raw,
     )
     add_model_arguments(compare)
     add_decode_arguments(compare)
@@ -56,7 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     compare.set_defaults(run=run_compare)
 
-    info = commands.add_parser("info", help="show versions, instruction set, GPU architectures, devices")
+    info = commands.add_parser(
+        "info", help="show versions, instruction set, GPU architectures, devices"
+    )
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=run_info)
     return parser
@@ -64,12 +73,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what chooses prompt, checkpoint and device."""
-    parser.add_argument("prompt", nargs="?", help="the prompt; read from standard input when absent")
+    parser.add_argument(
+        "prompt", nargs="?", help="the prompt; read from standard input when absent"
+    )
     parser.add_argument(
         "--model", default="nld-tiny", metavar="PATH",
         help="checkpoint folder, or the packaged model nld-tiny (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)"
+    )
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="auto is the checkpoint's own (default: %(default)s)",
@@ -82,17 +95,28 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the decode parameters that all modes share."""
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--block-length", type=int, metavar="N", help="tokens per diffusion block (default: the model's own)"
+        "--max-new-tokens", type=int, default=256, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--block-length",
+        type=int,
+        metavar="N",
+        help="tokens per diffusion block (default: the model's own)",
     )
     parser.add_argument(
         "--threshold", type=float, default=0.9, metavar="P",
         help="diffusion commits tokens of at least this confidence (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random draws (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: text, tokens and statistics")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the random draws (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object: text, tokens and statistics"
+    )
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -109,11 +133,17 @@ def load_model(args: argparse.Namespace) -> Any:
     import nld_cuda
 
     def progress(done: int, total: int) -> None:
-        print(f"\rloading {args.model}: {done}/{total} tensors", end="", file=sys.stderr, flush=True)
+        print(
+            f"\rloading {args.model}: {done}/{total} tensors", end="", file=sys.stderr, flush=True
+        )
 
     show = sys.stderr.isatty() and not args.json
     model = nld_cuda.load(
-        args.model, device=args.device, dtype=args.dtype, lora=args.lora, progress=progress if show else None
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        lora=args.lora,
+        progress=progress if show else None,
     )
     if show:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
@@ -170,7 +200,7 @@ def result_record(result: Any, mode: str) -> dict[str, Any]:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    """Run every mode on the same prompt and print text, tokens per forward and speed side by side."""
+    """Run every mode on the same prompt and print the results side by side."""
     import nld_cuda
     from nld_cuda import cli_view
 
@@ -226,7 +256,10 @@ def run_info(args: argparse.Namespace) -> int:
         return 0
     archs = info["cuda_archs"] or "none: this build has the CPU kernels only"
     print(f"nld_cuda {info['nld_cuda']}, torch {info['torch']}, Python {info['python']}")
-    print(f"CPU kernels: {info['cpu_isa']} (this machine can run {info['best_cpu_isa']}), {info['cpu_threads']} threads")
+    print(
+        f"CPU kernels: {info['cpu_isa']} (this machine can run {info['best_cpu_isa']}), "
+        f"{info['cpu_threads']} threads"
+    )
     print(f"GPU architectures: {archs}")
     print(f"devices: {', '.join(info['devices'])}")
     print(f"library: {info['library']}")
@@ -240,7 +273,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command. Exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted."""
+    """Run the command. Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     args = build_parser().parse_args(argv)
     try:
         sys.exit(args.run(args))

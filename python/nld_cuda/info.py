@@ -1,4 +1,4 @@
-"""What was built and what this machine offers: `nld info`, and the versions in every stats record."""
+"""What was built and what this machine offers: `nld info` and the versions in statistics."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ VERSION = "0.1.0"
 
 
 def build_info() -> dict[str, Any]:
-    """Return versions, the CPU instruction set in use, compiled GPU architectures and devices found."""
+    """Return versions, the CPU instruction set in use, compiled GPU architectures and devices."""
     c = _library.C
-    archs = c.cuda_archs() if c is not None else "unknown (nld_cuda._C is not built for this Python)"
+    archs = (
+        c.cuda_archs() if c is not None else "unknown (nld_cuda._C is not built for this Python)"
+    )
     devices = ["cpu"]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -35,5 +37,5 @@ def build_info() -> dict[str, Any]:
 
 
 def cuda_usable() -> bool:
-    """Tell whether CUDA tensors can be given to the ops: a device is there and kernels were compiled."""
+    """Tell whether the ops take CUDA tensors: a device is there and kernels were compiled."""
     return torch.cuda.is_available() and _library.C is not None and bool(_library.C.cuda_archs())
