@@ -1,0 +1,232 @@
+"""Loads a checkpoint in the published layout: config.json, safetensors weights, draft adapter."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nld_cuda.model.config import DTYPES, ModelConfig
+from nld_cuda.model.linear import Lora
+from nld_cuda.model.lora import ADAPTER_FOLDER, load_lora
+from nld_cuda.model.tensor_files import Progress, TensorFiles, checkpoint_files
+from nld_cuda.model.transformer import Layer, NLDModel
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: its published name, `{i}` for the layer.
+        field: attribute of NLDModel or, with `{i}` in the name, of Layer. Rows with the same field
+            lie one below the other in it, in the order of the table.
+        shape: names of the sizes, see `_sizes`.
+    """
+
+    name: str
+    field: str
+    shape: tuple[str, ...]
+
+
+TABLE = (
+    Row("encoder.embed_tokens.weight", "embed", ("vocab", "hidden")),
+    Row("encoder.layers.{i}.input_layernorm.weight", "input_norm", ("hidden",)),
+    Row("encoder.layers.{i}.self_attn.q_proj.weight", "qkv", ("q", "hidden")),
+    Row("encoder.layers.{i}.self_attn.k_proj.weight", "qkv", ("kv", "hidden")),
+    Row("encoder.layers.{i}.self_attn.v_proj.weight", "qkv", ("kv", "hidden")),
+    Row("encoder.layers.{i}.self_attn.o_proj.weight", "o", ("hidden", "q")),
+    Row("encoder.layers.{i}.post_attention_layernorm.weight", "mlp_norm", ("hidden",)),
+    Row("encoder.layers.{i}.mlp.gate_proj.weight", "gate_up", ("inner", "hidden")),
+    Row("encoder.layers.{i}.mlp.up_proj.weight", "gate_up", ("inner", "hidden")),
+    Row("encoder.layers.{i}.mlp.down_proj.weight", "down", ("hidden", "inner")),
+    Row("encoder.norm.weight", "norm", ("hidden",)),
+    Row("diffusion_head.weight", "head", ("vocab", "hidden")),
+)
+
+# Prefixes other layouts use, and the published ones; applied in this order, each at most once.
+RENAMED_PREFIXES = (
+    ("language_model.", ""),
+    ("model.", "encoder."),
+    ("lm_head.", "diffusion_head."),
+)
+
+# Tensors that hold no weight: old files store the rotary frequencies that config.json implies.
+IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
+
+
+def canonical_name(name: str) -> str:
+    """Return the published name of a tensor of any known layout."""
+    for prefix, published in RENAMED_PREFIXES:
+        if name.startswith(prefix):
+            name = published + name.removeprefix(prefix)
+    return name
+
+
+def load_model(
+    path: str | Path,
+    device: torch.device | str = "auto",
+    dtype: torch.dtype | str = "auto",
+    lora: str | Path | None = "auto",
+    *,
+    progress: Progress | None = None,
+) -> NLDModel:
+    """Load the weights of a checkpoint folder.
+
+    Files are memory-mapped and copied piece by piece to their final place: memory peaks at the size
+    of the loaded weights.
+
+    Args:
+        path: folder with config.json and model.safetensors or model.safetensors.index.json.
+        device: "auto" is CUDA where torch has one and libnld_ops.so kernels for it, else the CPU.
+        dtype: of all weights; "auto" is the checkpoint's own. float32, bfloat16 or float16.
+        lora: draft adapter: a folder in PEFT layout, None for none; "auto" is `linear_spec_lora` in
+            `path` where there is one.
+        progress: called with (bytes done, bytes in all) after each tensor.
+
+    Raises:
+        FileNotFoundError: a folder or file is missing.
+        ValueError: config.json breaks a rule; a file is corrupt; tensors are unknown, missing or of
+            the wrong shape (all are listed); device or dtype is unknown.
+        NotImplementedError: the checkpoint, or the device, needs what this package does not have.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"load: path must be a checkpoint folder, got {folder}")
+    config = ModelConfig.from_file(folder)
+    files = TensorFiles(checkpoint_files(folder), canonical_name)
+    tied = config.tie_word_embeddings
+    rows = [row for row in TABLE if not (tied and row.field == "head")]
+    plan = _plan(config, rows)
+    extra = {"diffusion_head.weight"} if tied else set()
+    files.check(
+        {name: shape for name, (_, _, shape) in plan.items()},
+        lambda name: name in extra or IGNORED.fullmatch(name) is not None,
+    )
+    target_device = resolve_device(device)
+    target_dtype = _resolve_dtype(dtype, config, files)
+
+    parameters = _allocate(plan, target_device, target_dtype)
+    sizes = {name: _count(shape) * target_dtype.itemsize for name, (_, _, shape) in plan.items()}
+    filled = dict.fromkeys(parameters, 0)
+    done = 0
+    for name, (layer, field, shape) in plan.items():
+        begin = filled[layer, field]
+        filled[layer, field] = end = begin + shape[0]
+        files.copy_to(name, parameters[layer, field][begin:end])
+        done += sizes[name]
+        if progress is not None:
+            progress(done, sum(sizes.values()))
+    embed = parameters[None, "embed"]
+    if tied and "diffusion_head.weight" in files:
+        _check_tied(files, embed, folder)
+
+    adapter_folder = _adapter_folder(folder, lora)
+    adapters: list[Lora] | list[None] = [None] * config.num_layers
+    if adapter_folder is not None:
+        adapters = load_lora(adapter_folder, config, target_device, target_dtype)
+    fields = list(dict.fromkeys(row.field for row in TABLE if "{i}" in row.name))
+    layers = [
+        Layer(**{field: parameters[i, field] for field in fields}, lora=adapters[i])
+        for i in range(config.num_layers)
+    ]
+    head = embed if tied else parameters[None, "head"]
+    return NLDModel(config, embed, layers, parameters[None, "norm"], head)
+
+
+def resolve_device(device: torch.device | str) -> torch.device:
+    """Return the device to use, one this build has kernels for. Raises as `load_model`."""
+    has_kernels = torch._C._dispatch_has_kernel_for_dispatch_key("nld::rope_append_", "CUDA")
+    if device == "auto":
+        return torch.device("cuda" if has_kernels and torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"load: device must be auto, cpu or cuda, got {device!r}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise NotImplementedError(f"load: device must be auto, cpu or cuda, got {device}")
+    if chosen.type == "cuda" and not has_kernels:
+        raise NotImplementedError(
+            f"load: device must be cpu, this libnld_ops.so has no CUDA kernels, got {device}"
+        )
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"load: device must be cpu, torch finds no CUDA device here, got {device}")
+    return chosen
+
+
+def _resolve_dtype(
+    dtype: torch.dtype | str, config: ModelConfig, files: TensorFiles
+) -> torch.dtype:
+    if dtype == "auto":
+        found = config.dtype or files.dtype("encoder.embed_tokens.weight")
+    else:
+        found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise ValueError(f"load: dtype must be auto, {', '.join(DTYPES)}, got {dtype}")
+    assert found is not None  # for the type checker; None is no value of DTYPES
+    return found
+
+
+def _sizes(config: ModelConfig) -> dict[str, int]:
+    return {
+        "vocab": config.vocab_size,
+        "hidden": config.hidden_size,
+        "inner": config.intermediate_size,
+        "q": config.q_size,
+        "kv": config.kv_size,
+    }
+
+
+Plan = dict[str, tuple[int | None, str, tuple[int, ...]]]  # name -> (layer, field, shape)
+
+
+def _plan(config: ModelConfig, rows: list[Row]) -> Plan:
+    """Expand the table: every expected tensor with its layer (None outside), field and shape."""
+    sizes = _sizes(config)
+    plan: Plan = {}
+    for row in rows:
+        shape = tuple(sizes[size] for size in row.shape)
+        for i in range(config.num_layers) if "{i}" in row.name else (None,):
+            plan[row.name.format(i=i)] = (i, row.field, shape)
+    return plan
+
+
+def _allocate(
+    plan: Plan, device: torch.device, dtype: torch.dtype
+) -> dict[tuple[int | None, str], Tensor]:
+    """Make the empty parameters; those of several tensors hold their rows one below the other."""
+    shapes: dict[tuple[int | None, str], tuple[int, ...]] = {}
+    for layer, field, shape in plan.values():
+        above = shapes.get((layer, field), (0,))[0]
+        shapes[layer, field] = (above + shape[0], *shape[1:])
+    return {key: torch.empty(shape, dtype=dtype, device=device) for key, shape in shapes.items()}
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _check_tied(files: TensorFiles, embed: Tensor, folder: Path) -> None:
+    name = "diffusion_head.weight"
+    head = torch.empty_like(embed) if files.shape(name) == tuple(embed.shape) else None
+    if head is not None:
+        files.copy_to(name, head)
+    if head is None or not torch.equal(head, embed):
+        raise ValueError(
+            f"{folder}: {name} must equal the embedding where tie_word_embeddings is true, "
+            "got other values"
+        )
+
+
+def _adapter_folder(folder: Path, lora: str | Path | None) -> Path | None:
+    if lora is None:
+        return None
+    if lora == "auto":
+        found = folder / ADAPTER_FOLDER
+        return found if found.is_dir() else None
+    if not Path(lora).is_dir():
+        raise FileNotFoundError(f"load: lora must be auto, None or an adapter folder, got {lora}")
+    return Path(lora)

@@ -1,0 +1,290 @@
+"""Reads and checks config.json: what the forward pass and the decode loops need, nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MODEL_TYPES = ("nemotron_labs_diffusion",)
+ROPE_TYPES = ("default", "linear", "yarn")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Fields that change the computation, with the only values computed here (absent is fine too).
+FIXED_FIELDS: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("hidden_act", ("silu",)),
+    ("attention_bias", (False,)),
+    ("mlp_bias", (False,)),
+    ("sliding_window", (None,)),
+    ("use_qk_norm", (False,)),
+    ("dlm_paradigm", ("bidirectional",)),
+    ("quantization_config", (None,)),
+    ("vision_config", (None,)),
+)
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding and query scale; see rope.py for the formulas.
+
+    Attributes:
+        kind: "default", "linear" or "yarn".
+        theta: base of the frequencies.
+        rotary_dim: leading elements of a head that are rotated; even, at most head_dim.
+        factor: stretch of the context; below 1 is legal (the published 3B base model has 0.25).
+        original_len: context length in tokens before stretching; also the query scale's period.
+        beta_fast, beta_slow: rotations over `original_len` at which yarn starts and ends mixing.
+        mscale, mscale_all_dim, attention_factor: yarn's factor on cos and sin.
+        truncate: whether yarn rounds its mixing range to whole frequencies.
+        query_scale_beta: llama-4 query scale; 0 switches it off.
+    """
+
+    kind: str
+    theta: float
+    rotary_dim: int
+    factor: float = 1.0
+    original_len: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+    query_scale_beta: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shapes and constants of one checkpoint, checked.
+
+    Attributes:
+        vocab_size, hidden_size, intermediate_size, num_layers: as in config.json.
+        num_heads, num_kv_heads, head_dim: heads; head_dim is never derived from hidden_size.
+        rms_norm_eps: epsilon of every RMSNorm.
+        max_position_embeddings: tokens the model is made for, prompt and output together.
+        tie_word_embeddings: the head is the embedding matrix.
+        dtype: the checkpoint's own dtype, None when config.json does not say.
+        mask_token_id: token that stands for a hidden one; always inside the vocabulary.
+        bos_token_id, pad_token_id: None when config.json does not say.
+        eos_token_ids: every id that ends a text, possibly none.
+        block_size: diffusion block length of the training, the default of the decode modes.
+        rope: rotary embedding.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    dtype: torch.dtype | None
+    mask_token_id: int
+    bos_token_id: int | None
+    pad_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    block_size: int
+    rope: RopeConfig
+
+    @property
+    def q_size(self) -> int:
+        """Elements of all query heads of one token."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Elements of all key heads of one token."""
+        return self.num_kv_heads * self.head_dim
+
+    @staticmethod
+    def from_file(path: str | Path) -> ModelConfig:
+        """Read a config.json, or the one inside a checkpoint folder.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no JSON object, or a field is missing or breaks its rule; the
+                message names file, field, rule and value.
+            NotImplementedError: the field asks for a computation this package does not have.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / "config.json"
+        try:
+            fields = json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: must be a JSON file: {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"{file}: must hold a JSON object, got {type(fields).__name__}")
+        return ModelConfig.from_dict(fields, str(file))
+
+    @staticmethod
+    def from_dict(fields: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+        """Check the fields of a config.json; `source` names it in errors. Raises as `from_file`."""
+        read = _Fields(fields, source)
+        read.supported("model_type", MODEL_TYPES, required=True)
+        for name, values in FIXED_FIELDS:
+            read.supported(name, values)
+        num_heads = read.count("num_attention_heads")
+        num_kv_heads = read.count("num_key_value_heads", default=num_heads)
+        if num_heads % num_kv_heads:
+            read.fail(
+                "num_key_value_heads", f"divide num_attention_heads {num_heads}", num_kv_heads
+            )
+        head_dim = read.count("head_dim")
+        vocab_size = read.count("vocab_size")
+        max_positions = read.count("max_position_embeddings")
+        return ModelConfig(
+            vocab_size=vocab_size,
+            hidden_size=read.count("hidden_size"),
+            intermediate_size=read.count("intermediate_size"),
+            num_layers=read.count("num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=read.number("rms_norm_eps", default=1e-5, minimum=0.0),
+            max_position_embeddings=max_positions,
+            tie_word_embeddings=read.flag("tie_word_embeddings", default=False),
+            dtype=_dtype(read),
+            mask_token_id=read.token("mask_token_id", vocab_size, required=True),
+            bos_token_id=read.token("bos_token_id", vocab_size),
+            pad_token_id=read.token("pad_token_id", vocab_size),
+            eos_token_ids=_eos_token_ids(read, vocab_size),
+            block_size=read.count("block_size", default=32),
+            rope=_rope(read, head_dim, max_positions),
+        )
+
+
+class _Fields:
+    """Typed access to a JSON object, with errors that name file, field, rule and value."""
+
+    def __init__(self, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
+        self.values, self.source, self.prefix = values, source, prefix
+
+    def fail(self, name: str, rule: str, value: Any) -> None:
+        raise ValueError(f"{self.source}: {self.prefix}{name} must {rule}, got {value!r}")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Value of a field; null counts as absent."""
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def required(self, name: str, default: Any) -> Any:
+        value = self.get(name, default)
+        if value is None:
+            raise ValueError(f"{self.source}: {self.prefix}{name} must be given, it is missing")
+        return value
+
+    def count(self, name: str, default: int | None = None) -> int:
+        value = self.required(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self.fail(name, "be an integer >= 1", value)
+        return int(value)
+
+    def number(
+        self, name: str, default: float | None = None, minimum: float | None = None
+    ) -> float:
+        value = self.required(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
+            self.fail(name, "be a number", value)
+        if minimum is not None and value <= minimum:
+            self.fail(name, f"be > {minimum:g}", value)
+        return float(value)
+
+    def optional_number(self, name: str) -> float | None:
+        return None if self.get(name) is None else self.number(name)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            self.fail(name, "be true or false", value)
+        return bool(value)
+
+    def token(self, name: str, vocab_size: int, required: bool = False) -> Any:
+        value = self.required(name, None) if required else self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
+            self.fail(name, f"be a token id in [0, {vocab_size})", value)
+        return int(value)
+
+    def supported(self, name: str, values: tuple[Any, ...], required: bool = False) -> None:
+        value = self.required(name, None) if required else self.get(name)
+        if value is not None and value not in values:
+            known = " or ".join("absent" if v is None else json.dumps(v) for v in values)
+            raise NotImplementedError(
+                f"{self.source}: {self.prefix}{name} {json.dumps(value)} is not supported, "
+                f"only {known}"
+            )
+
+
+def _dtype(read: _Fields) -> torch.dtype | None:
+    for name in ("torch_dtype", "dtype"):  # the second is the newer spelling
+        value = read.get(name)
+        if value is not None:
+            if not isinstance(value, str) or value.removeprefix("torch.") not in DTYPES:
+                read.fail(name, f"be one of {', '.join(DTYPES)}", value)
+            return DTYPES[value.removeprefix("torch.")]
+    return None
+
+
+def _eos_token_ids(read: _Fields, vocab_size: int) -> tuple[int, ...]:
+    value = read.get("eos_token_id", [])
+    ids = value if isinstance(value, list) else [value]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            read.fail("eos_token_id", f"hold token ids in [0, {vocab_size})", value)
+    return tuple(dict.fromkeys(ids))
+
+
+def _rope(read: _Fields, head_dim: int, max_positions: int) -> RopeConfig:
+    """Merge rope_parameters, its older name rope_scaling, and a top-level rope_theta."""
+    merged: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        group = read.get(name, {})
+        if not isinstance(group, dict):
+            read.fail(name, "be an object", group)
+        for key, value in group.items():
+            key = "rope_type" if key == "type" else key
+            if value is None:
+                continue
+            if merged.setdefault(key, value) != value:
+                read.fail(f"{name}.{key}", f"agree with rope_parameters ({merged[key]!r})", value)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        value = read.get(key)
+        if value is not None and merged.setdefault(key, value) != value:
+            read.fail(key, f"agree with rope_parameters ({merged[key]!r})", value)
+    rope = _Fields(merged, read.source, "rope_parameters.")
+    rope.supported("rope_type", ROPE_TYPES)
+    kind = rope.get("rope_type", "default")
+    rotary_dim = int(head_dim * rope.number("partial_rotary_factor", default=1.0, minimum=0.0))
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        read.fail(
+            "head_dim", "times partial_rotary_factor be even and at most head_dim", rotary_dim
+        )
+    beta = rope.number("llama_4_scaling_beta", default=0.0)
+    original_len = rope.get("original_max_position_embeddings")
+    if original_len is None and (kind == "yarn" or beta):
+        original_len = max_positions
+    return RopeConfig(
+        kind=kind,
+        theta=rope.number("rope_theta", default=10000.0, minimum=1.0),
+        rotary_dim=rotary_dim,
+        factor=1.0 if kind == "default" else rope.number("factor", minimum=0.0),
+        original_len=0 if original_len is None else rope.count(
+            "original_max_position_embeddings", default=max_positions
+        ),
+        beta_fast=rope.number("beta_fast", default=32.0, minimum=0.0),
+        beta_slow=rope.number("beta_slow", default=1.0, minimum=0.0),
+        mscale=rope.optional_number("mscale"),
+        mscale_all_dim=rope.optional_number("mscale_all_dim"),
+        attention_factor=rope.optional_number("attention_factor"),
+        truncate=rope.flag("truncate", default=True),
+        query_scale_beta=beta,
+    )  # fmt: skip

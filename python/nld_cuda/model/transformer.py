@@ -1,0 +1,184 @@
+"""The NLD transformer: one forward pass over ragged rows and a paged cache, for every mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nld_cuda import ops
+from nld_cuda.model.config import ModelConfig
+from nld_cuda.model.linear import Lora, linear_add_, linear_into, lora_add_
+from nld_cuda.model.rope import rope_frequencies
+
+
+class LayerCaches(Protocol):
+    """What the forward pass needs of a KVCache."""
+
+    @property
+    def k_layers(self) -> Sequence[Tensor]: ...
+    @property
+    def v_layers(self) -> Sequence[Tensor]: ...
+
+
+@dataclass(slots=True)
+class Layer:
+    """Weights of one block: `[out, in]` matrices, `[hidden]` norms.
+
+    Attributes:
+        qkv: rows of the query, key and value projections, in this order.
+        gate_up: rows of the gate, then of the up projection.
+        lora: side path of `o`, used where a forward asks for it.
+    """
+
+    input_norm: Tensor
+    qkv: Tensor
+    o: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+    lora: Lora | None = None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Divide rows `[rows, hidden]` by their root mean square, then multiply by `weight` `[hidden]`.
+
+    The division happens in float32 and is rounded to x's dtype before the product, as the published
+    model does; one rounding at the end would differ in bfloat16.
+    """
+    return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
+
+
+class NLDModel:
+    """Weights of one checkpoint on one device, and the forward pass.
+
+    Attributes:
+        config: shapes and constants.
+        device, dtype: of all weights, of the logits, and required of the cache.
+        has_lora: whether a draft adapter is loaded.
+        embed: `[vocab, hidden]`; head: `[vocab, hidden]`, the same tensor where tied.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embed: Tensor,
+        layers: Sequence[Layer],
+        norm: Tensor,
+        head: Tensor,
+    ) -> None:
+        """Take the weights as they are (`checkpoint.load_model` makes them from files)."""
+        self.config = config
+        self.embed, self.norm, self.head = embed, norm, head
+        self.layers = tuple(layers)
+        self.device, self.dtype = embed.device, embed.dtype
+        self.has_lora = bool(self.layers) and all(layer.lora is not None for layer in self.layers)
+        inv_freq, self._attention_scaling = rope_frequencies(config.rope)
+        self._inv_freq = inv_freq.to(self.device)
+
+    def tensors(self) -> list[Tensor]:
+        """Every weight tensor once, the adapter's included."""
+        found = [self.embed, self.norm, self.head]
+        for layer in self.layers:
+            found += [layer.input_norm, layer.qkv, layer.o]
+            found += [layer.mlp_norm, layer.gate_up, layer.down]
+            found += [layer.lora.a, layer.lora.b] if layer.lora else []
+        return list({id(t): t for t in found}.values())
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights in all, a tied head counted once."""
+        return sum(t.numel() for t in self.tensors())
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the weights."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        cache: LayerCaches,
+        page_table: Tensor,
+        seq_lens: Tensor,
+        cu_seqlens_q: Tensor,
+        mask_mode: Tensor,
+        *,
+        block_len: Tensor | None = None,
+        block_phase: Tensor | None = None,
+        use_lora: bool = False,
+        logits_rows: Tensor | None = None,
+    ) -> Tensor:
+        """Run the model over the rows of a batch, append their keys and values, return logits.
+
+        Rows of request b are `cu_seqlens_q[b] .. cu_seqlens_q[b + 1]`. No shape depends on values
+        and nothing is read on the host, so a call can be captured in a CUDA graph.
+
+        Args:
+            tokens: `[total]` int64, in the vocabulary.
+            positions: `[total]` int32, absolute.
+            slot_mapping: `[total]` int32, cache slot of each row, -1: not written.
+            cache: a KVCache of this model's device and dtype; written at the slots.
+            page_table: `[batch, max_pages]` int32.
+            seq_lens: `[batch]` int32, including the current rows.
+            cu_seqlens_q: `[batch + 1]` int32.
+            mask_mode: `[batch]` int32, see `ops.block_attention`.
+            block_len, block_phase: `[batch]` int32, for the mask modes that need them.
+            use_lora: whether the draft adapter is on.
+            logits_rows: `[rows]` int64, rows to compute logits for; None: all.
+
+        Returns:
+            `[total or rows, vocab]` in the model's dtype. Row i holds the prediction *for* row i
+            under a FULL mask (tokens are denoised in place), for the token after it under CAUSAL.
+
+        Raises:
+            ValueError: use_lora without an adapter.
+            RuntimeError: from the ops, where an argument does not fit.
+        """
+        if use_lora and not self.has_lora:
+            raise ValueError("forward: use_lora must be False, this model has no adapter, got True")
+        config = self.config
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        eps, beta = config.rms_norm_eps, config.rope.query_scale_beta
+        scale_len = config.rope.original_len if beta else 0
+        inv_freq, attention_scaling = self._inv_freq, self._attention_scaling
+        silu, rope_append_, block_attention = F.silu, ops.rope_append_, ops.block_attention
+
+        # One buffer and one set of views for all layers: a layer then makes few torch calls.
+        total, inner = tokens.shape[0], config.intermediate_size
+        x = F.embedding(tokens, self.embed)
+        qkv = x.new_empty(total, config.q_size + 2 * config.kv_size)
+        q, k, v = qkv.view(total, heads + 2 * kv_heads, config.head_dim).split(
+            (heads, kv_heads, kv_heads), dim=1
+        )
+        gate_up = x.new_empty(total, 2 * inner)
+        gate, up = gate_up.split(inner, dim=1)
+        for layer, k_cache, v_cache in zip(
+            self.layers, cache.k_layers, cache.v_layers, strict=True
+        ):
+            linear_into(rms_norm(x, layer.input_norm, eps), layer.qkv, qkv)
+            rope_append_(
+                q, k, v, k_cache, v_cache, positions, slot_mapping, inv_freq,
+                attention_scaling=attention_scaling, query_scale_beta=beta,
+                query_scale_len=scale_len,
+            )  # fmt: skip
+            attended, _ = block_attention(
+                q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode,
+                block_len=block_len, block_phase=block_phase,
+            )  # fmt: skip
+            attended = attended.view(total, config.q_size)
+            linear_add_(x, attended, layer.o)
+            if use_lora and layer.lora is not None:
+                lora_add_(x, attended, layer.lora)
+            linear_into(rms_norm(x, layer.mlp_norm, eps), layer.gate_up, gate_up)
+            linear_add_(x, silu(gate).mul_(up), layer.down)
+        if logits_rows is not None:
+            x = x.index_select(0, logits_rows)
+        return torch.mm(rms_norm(x, self.norm, eps), self.head.t())
