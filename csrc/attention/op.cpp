@@ -1,1 +1,267 @@
-// placeholder, replaced by the op
+// torch.ops.nld.block_attention: schema, checks, CPU schedule.
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "attention/attention.h"
+#include "common/check.h"
+#include "common/cpu_isa.h"
+
+namespace nld {
+namespace {
+
+constexpr const char* kOp = "block_attention";
+constexpr int64_t kDefaultSplitLen = 1024;
+
+const AttentionCpu& cpu_kernels() {
+#if defined(NLD_X86)
+  return pick_isa(baseline::attention_cpu, avx2::attention_cpu, avx512::attention_cpu);
+#else
+  return baseline::attention_cpu;
+#endif
+}
+
+KvPages pages(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+
+AttentionParams attention_params(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                 const Tensor& page_table, const Tensor& seq_lens, const Tensor& cu_seqlens_q,
+                                 const Tensor& mask_mode, const std::optional<Tensor>& block_len,
+                                 const std::optional<Tensor>& block_phase, std::optional<double> softmax_scale,
+                                 double softcap, int64_t split_len, const Tensor& out, const Tensor& lse) {
+  const auto [total_q, num_heads, head_dim] = shape<3>(kOp, "q", q);
+  const auto [num_pages, page_size, num_kv_heads, cache_dim] = shape<4>(kOp, "k_cache", k_cache);
+  const auto [batch] = shape<1>(kOp, "seq_lens", seq_lens);
+  const auto [table_batch, max_pages] = shape<2>(kOp, "page_table", page_table);
+  shape<4>(kOp, "v_cache", v_cache);
+  shape<3>(kOp, "out", out);
+  shape<2>(kOp, "lse", lse);
+  const DType dtype = float_dtype(kOp, "q", q);
+
+  if (head_dim < 1) fail(kOp, ": q must have a head_dim of at least 1, got shape ", shape_text(q));
+  if (page_size < 1) fail(kOp, ": k_cache must have a page_size of at least 1, got shape ", shape_text(k_cache));
+  check_size(kOp, "k_cache", k_cache, 3, head_dim, "head_dim of q");
+  if (num_kv_heads < 1 || num_heads % num_kv_heads != 0) {
+    fail(kOp, ": q must have a multiple of the ", num_kv_heads, " heads of k_cache, got ", num_heads);
+  }
+  for (int i = 0; i < 4; ++i) check_size(kOp, "v_cache", v_cache, i, k_cache.size(i), "as k_cache");
+  for (const auto& [name, t] : {std::pair{"k_cache", &k_cache}, {"v_cache", &v_cache}, {"out", &out}}) {
+    check_same_dtype(kOp, name, *t, "q", q);
+    check_device(kOp, name, *t, "q", q);
+    check_last_dim_dense(kOp, name, *t);
+  }
+  check_last_dim_dense(kOp, "q", q);
+  check_size(kOp, "page_table", page_table, 0, batch, "batch of seq_lens");
+  check_dtype(kOp, "page_table", page_table, ScalarType::Int);
+  check_device(kOp, "page_table", page_table, "q", q);
+  check_last_dim_dense(kOp, "page_table", page_table);
+  check_vector(kOp, "seq_lens", seq_lens, batch, "requests", ScalarType::Int, "q", q);
+  check_vector(kOp, "cu_seqlens_q", cu_seqlens_q, batch + 1, "batch of seq_lens + 1", ScalarType::Int, "q", q);
+  check_vector(kOp, "mask_mode", mask_mode, batch, "batch of seq_lens", ScalarType::Int, "q", q);
+  if (block_len) check_vector(kOp, "block_len", *block_len, batch, "batch of seq_lens", ScalarType::Int, "q", q);
+  if (block_phase) check_vector(kOp, "block_phase", *block_phase, batch, "batch of seq_lens", ScalarType::Int, "q", q);
+  if (!(softcap >= 0)) fail(kOp, ": softcap must be >= 0 (0 = none), got ", softcap);
+  if (split_len < 0) fail(kOp, ": split_len must be >= 0 (0 = the default), got ", split_len);
+  for (int i = 0; i < 3; ++i) check_size(kOp, "out", out, i, q.size(i), "as q");
+  check_dtype(kOp, "lse", lse, ScalarType::Float);
+  check_device(kOp, "lse", lse, "q", q);
+  check_size(kOp, "lse", lse, 0, num_heads, "heads of q");
+  check_size(kOp, "lse", lse, 1, total_q, "rows of q");
+
+  return {.dtype = dtype,
+          .batch = batch,
+          .total_q = total_q,
+          .num_heads = num_heads,
+          .num_kv_heads = num_kv_heads,
+          .head_dim = head_dim,
+          .num_pages = num_pages,
+          .page_size = page_size,
+          .max_pages = max_pages,
+          .q = q.data_ptr(),
+          .q_token_stride = q.stride(0),
+          .q_head_stride = q.stride(1),
+          .k = pages(k_cache),
+          .v = pages(v_cache),
+          .page_table = ptr<int32_t>(page_table),
+          .page_table_stride = page_table.stride(0),
+          .seq_lens = ptr<int32_t>(seq_lens),
+          .cu_seqlens_q = ptr<int32_t>(cu_seqlens_q),
+          .mask_mode = ptr<int32_t>(mask_mode),
+          .block_len = ptr<int32_t>(block_len),
+          .block_phase = ptr<int32_t>(block_phase),
+          .softmax_scale = static_cast<float>(softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)))),
+          .softcap = static_cast<float>(softcap),
+          .split_len = split_len > 0 ? split_len : kDefaultSplitLen,
+          .out = out.data_ptr(),
+          .out_token_stride = out.stride(0),
+          .out_head_stride = out.stride(1),
+          .lse = ptr<float>(lse),
+          .lse_head_stride = lse.stride(0),
+          .lse_token_stride = lse.stride(1)};
+}
+
+// What depends on values. On the CPU the values are at hand and cheap to check; CUDA checks them in debug builds only.
+void check_requests(const AttentionParams& p) {
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t begin = p.cu_seqlens_q[b], end = p.cu_seqlens_q[b + 1], seq_len = p.seq_lens[b];
+    if (begin < 0 || end < begin || end > p.total_q) {
+      fail(kOp, ": cu_seqlens_q must grow from 0 to at most ", p.total_q, " (rows of q), got ", begin, ", ", end,
+           " at request ", b);
+    }
+    if (end == begin) continue;
+    const int32_t mode = p.mask_mode[b];
+    if (mode < 0 || mode >= kNumMaskModes) {
+      fail(kOp, ": mask_mode must lie in [0, ", kNumMaskModes, "), got ", mode, " at request ", b);
+    }
+    if (mode == static_cast<int32_t>(MaskMode::kBlockCausal) || mode == static_cast<int32_t>(MaskMode::kQuadratic)) {
+      if (p.block_len == nullptr) fail(kOp, ": block_len must be given for mask_mode ", mode, ", got None");
+      if (p.block_len[b] < 1) fail(kOp, ": block_len must be >= 1, got ", p.block_len[b], " at request ", b);
+    }
+    if (seq_len < 0 || seq_len > p.max_pages * p.page_size) {
+      fail(kOp, ": seq_lens must lie in [0, ", p.max_pages * p.page_size, "] (max_pages * page_size), got ", seq_len,
+           " at request ", b);
+    }
+    const int32_t* table = p.page_table + b * p.page_table_stride;
+    for (int64_t i = 0; i * p.page_size < seq_len; ++i) {
+      if (table[i] < 0 || table[i] >= p.num_pages) {
+        fail(kOp, ": page_table must hold pages in [0, ", p.num_pages, ") where in use, got ", table[i], " at request ",
+             b, ", entry ", i);
+      }
+    }
+  }
+}
+
+// Runs body(i, worker) for i in [0, count), handed out one by one: items differ in length, and threads in speed.
+template <class Body>
+void for_each_item(int64_t count, int64_t num_workers, const Body& body) {
+  if (num_workers <= 1) {
+    for (int64_t i = 0; i < count; ++i) body(i, 0);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, num_workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t i = next++; i < count; i = next++) body(i, worker);
+    }
+  });
+}
+
+struct Schedule {
+  std::vector<AttentionItem> items;
+  int64_t max_rows = 0, max_keys = 0, num_splits = 0;
+  double work = 0;  // (row, key) pairs
+};
+
+Schedule make_schedule(const AttentionParams& p) {
+  Schedule schedule;
+  const int64_t heads_per_kv = p.num_heads / p.num_kv_heads;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t num_rows = (p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b]) * heads_per_kv;
+    const int64_t num_tiles = (num_rows + kAttentionTileRows - 1) / kAttentionTileRows;
+    schedule.max_keys = std::max<int64_t>(schedule.max_keys, p.seq_lens[b]);
+    // Later tiles see more keys under the causal modes: longest first.
+    for (int64_t tile = num_tiles - 1; tile >= 0; --tile) {
+      const int64_t begin = tile * kAttentionTileRows, rows = std::min(kAttentionTileRows, num_rows - begin);
+      schedule.max_rows = std::max(schedule.max_rows, rows);
+      const RequestMask mask = request_mask(p, b);
+      int32_t end = 0;
+      for (int64_t row = begin / heads_per_kv; row <= (begin + rows - 1) / heads_per_kv; ++row) {
+        end = std::max(end, view_end(row_view(mask, static_cast<int32_t>(row))));
+      }
+      const int64_t num_splits = (end + p.split_len - 1) / p.split_len;
+      for (int64_t head = 0; head < p.num_kv_heads; ++head) {
+        schedule.items.push_back({b, head, begin, rows, num_splits});
+      }
+      schedule.num_splits += num_splits * p.num_kv_heads;
+      schedule.work += static_cast<double>(rows) * end * p.num_kv_heads;
+    }
+  }
+  return schedule;
+}
+
+void attend_cpu(const AttentionParams& p, const Tensor& like) {
+  check_requests(p);
+  const AttentionCpu& cpu = cpu_kernels();
+  const int64_t first = p.batch > 0 ? p.cu_seqlens_q[0] : 0, last = p.batch > 0 ? p.cu_seqlens_q[p.batch] : 0;
+  cpu.clear(p, 0, first);
+  cpu.clear(p, last, p.total_q);
+  const Schedule schedule = make_schedule(p);
+  const std::vector<AttentionItem>& items = schedule.items;
+  const int64_t count = static_cast<int64_t>(items.size());
+  if (count == 0) return;
+
+  // Waking a thread costs some microseconds; below about a million multiply-adds it does not pay.
+  const bool small = schedule.work * static_cast<double>(p.head_dim) < 1e6;
+  const int64_t num_threads = small ? 1 : torch::stable::get_num_threads();
+  // Few items: hand out their splits one by one and merge afterwards. Both ways do the same arithmetic.
+  const bool by_split = num_threads > 1 && count < 4 * num_threads && schedule.num_splits > count;
+  const int64_t num_workers = std::min(num_threads, by_split ? schedule.num_splits : count);
+  const int64_t scratch_floats = cpu.scratch_floats(p, schedule.max_rows, schedule.max_keys);
+  const int64_t partial_floats = by_split ? cpu.partial_floats(p, schedule.max_rows) : 0;
+  const Tensor workspace = torch::stable::new_empty(
+      like, {num_workers * scratch_floats + schedule.num_splits * partial_floats}, ScalarType::Float);
+  float* scratch = ptr<float>(workspace);
+  if (!by_split) {
+    for_each_item(count, num_workers,
+                  [&](int64_t i, int64_t worker) { cpu.attend(p, items[i], scratch + worker * scratch_floats); });
+    return;
+  }
+  float* partials = scratch + num_workers * scratch_floats;
+  struct Split {
+    int64_t item, split;
+  };
+  std::vector<Split> splits;
+  std::vector<int64_t> first_split;
+  for (int64_t i = 0; i < count; ++i) {
+    first_split.push_back(static_cast<int64_t>(splits.size()));
+    for (int64_t split = 0; split < items[i].num_splits; ++split) splits.push_back({i, split});
+  }
+  for_each_item(static_cast<int64_t>(splits.size()), num_workers, [&](int64_t i, int64_t worker) {
+    cpu.attend_split(p, items[splits[i].item], splits[i].split, scratch + worker * scratch_floats,
+                     partials + i * partial_floats);
+  });
+  for_each_item(count, num_workers, [&](int64_t i, int64_t worker) {
+    cpu.merge(p, items[i], partials + first_split[i] * partial_floats, partial_floats,
+              scratch + worker * scratch_floats);
+  });
+}
+
+void block_attention_out_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens,
+                             Tensor cu_seqlens_q, Tensor mask_mode, std::optional<Tensor> block_len,
+                             std::optional<Tensor> block_phase, std::optional<double> softmax_scale, double softcap,
+                             int64_t split_len, Tensor out, Tensor lse) {
+  attend_cpu(attention_params(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode, block_len,
+                              block_phase, softmax_scale, softcap, split_len, out, lse),
+             q);
+}
+
+std::tuple<Tensor, Tensor> block_attention_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table,
+                                               Tensor seq_lens, Tensor cu_seqlens_q, Tensor mask_mode,
+                                               std::optional<Tensor> block_len, std::optional<Tensor> block_phase,
+                                               std::optional<double> softmax_scale, double softcap, int64_t split_len) {
+  const auto [total_q, num_heads, head_dim] = shape<3>(kOp, "q", q);
+  const Tensor out = torch::stable::new_empty(q, {total_q, num_heads, head_dim});
+  const Tensor lse = torch::stable::new_empty(q, {num_heads, total_q}, ScalarType::Float);
+  block_attention_out_cpu(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode, block_len, block_phase,
+                          softmax_scale, softcap, split_len, out, lse);
+  return {out, lse};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(nld, m) {
+  m.def(
+      "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, "
+      "Tensor cu_seqlens_q, Tensor mask_mode, *, Tensor? block_len=None, Tensor? block_phase=None, "
+      "float? softmax_scale=None, float softcap=0.0, int split_len=0) -> (Tensor out, Tensor lse)");
+  m.def(
+      "block_attention.out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, "
+      "Tensor cu_seqlens_q, Tensor mask_mode, *, Tensor? block_len=None, Tensor? block_phase=None, "
+      "float? softmax_scale=None, float softcap=0.0, int split_len=0, Tensor(a!) out, Tensor(b!) lse) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nld, CPU, m) {
+  m.impl("block_attention", TORCH_BOX(&block_attention_cpu));
+  m.impl("block_attention.out", TORCH_BOX(&block_attention_out_cpu));
+}
+
+}  // namespace nld

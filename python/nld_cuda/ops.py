@@ -8,6 +8,8 @@ an op that writes arguments in place; in-place writes do not bump a tensor's aut
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import torch
 from torch import Tensor
 
@@ -109,6 +111,114 @@ def _(k_cache, v_cache, page_table, base_lens, src_offsets, num_kept):
 
 
 # ---- attention --------------------------------------------------------------------------------
+
+
+class MaskMode(IntEnum):
+    """Values of `mask_mode` in `block_attention`, one per request."""
+
+    FULL = 0
+    CAUSAL = 1
+    BLOCK_CAUSAL = 2
+    QUADRATIC = 3
+
+
+def block_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    mask_mode: Tensor,
+    *,
+    block_len: Tensor | None = None,
+    block_phase: Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    split_len: int = 0,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend from ragged query rows to a paged KV cache, with a mask mode per request.
+
+    Row i of a request with n rows sits at key index `p = seq_len - n + i` and sees, of the keys
+    `0 <= j < seq_len`:
+
+    - FULL: all;
+    - CAUSAL: `j <= p`;
+    - BLOCK_CAUSAL: `floor((j + phase) / block_len) <= floor((p + phase) / block_len)`;
+    - QUADRATIC: the n rows are groups of `block_len + 1`, one head and `block_len` masks. All keys
+      before the current rows; of the current ones the heads up to row i and, unless row i is a
+      head itself, its whole group.
+
+    Args:
+        q: `[total_q, num_heads, head_dim]` float32, bfloat16 or float16, any strides with a dense
+            last dimension, head_dim >= 1. Rows that belong to no request (past
+            `cu_seqlens_q[batch]`) are not read; their outputs are 0 and -inf.
+        k_cache: `[num_pages, page_size, num_kv_heads, head_dim]`, dtype of q, any stride order
+            with a dense last dimension, page_size >= 1; num_heads is a multiple of num_kv_heads.
+            Holds the keys of the current rows already. Nothing at or past `seq_lens` is read.
+        v_cache: as `k_cache`.
+        page_table: `[batch, max_pages]` int32, page of each `page_size` tokens. Entries in use
+            must lie in `[0, num_pages)`; the others may hold anything.
+        seq_lens: `[batch]` int32, tokens in the cache including the current rows, in
+            `[0, max_pages * page_size]`.
+        cu_seqlens_q: `[batch + 1]` int32, not decreasing; request b owns the rows
+            `cu_seqlens_q[b] .. cu_seqlens_q[b + 1]`.
+        mask_mode: `[batch]` int32, values of `MaskMode`.
+        block_len: `[batch]` int32, tokens; >= 1 and needed where the mode is BLOCK_CAUSAL or
+            QUADRATIC, ignored elsewhere.
+        block_phase: `[batch]` int32, tokens; default 0. Read under BLOCK_CAUSAL only.
+        softmax_scale: factor on q.k; default `head_dim ** -0.5`.
+        softcap: scores become `softcap * tanh(score / softcap)`; 0 switches it off.
+        split_len: keys per split of the KV range; 0 is the default. Splits lie at absolute
+            multiples and are merged in order: results depend (in the last bits) on split_len, but
+            on neither batch composition, thread count, nor how many rows a request has.
+        out: written: as q, any strides with a dense last dimension. Given together with `lse`.
+        lse: written: `[num_heads, total_q]` float32, any strides.
+
+    Returns:
+        `(out, lse)`: `[total_q, num_heads, head_dim]` in q's dtype and the natural-log sum of
+        exponentials `[num_heads, total_q]` float32. A row that sees no key gives 0 and -inf.
+
+    Arithmetic is float32; bfloat16 probabilities may be rounded to bfloat16 before they meet the
+    values. Workspace: a few tiles per thread (about 0.5 MB at head_dim 128), and while there are
+    fewer than 4 (request, kv head, 128-row tile) items per thread, `128 * (head_dim + 2)` floats
+    per item and split.
+
+    Raises:
+        RuntimeError: a shape, dtype, stride or device does not fit. What depends on values
+            (lengths, modes, block_len, page indices) is checked on CPU; on CUDA only in a debug
+            build, where reading it would cost a synchronisation.
+
+    Source: online softmax (Milakov and Gimelshein 2018), FlashAttention (Dao et al. 2022), split
+    KV with merging by log-sum-exp (Flash-Decoding 2023).
+    Meaning: `reference.block_attention`.
+    """
+    args = (q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode)
+    options = {
+        "block_len": block_len, "block_phase": block_phase, "softmax_scale": softmax_scale,
+        "softcap": softcap, "split_len": split_len,
+    }  # fmt: skip
+    if out is None and lse is None:
+        return _nld.block_attention(*args, **options)
+    if out is None or lse is None:
+        missing = "out" if out is None else "lse"
+        raise RuntimeError(f"block_attention: out and lse must be given together, got no {missing}")
+    _nld.block_attention.out(*args, **options, out=out, lse=lse)
+    return out, lse
+
+
+@torch.library.register_fake("nld::block_attention")
+def _(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode, *, block_len=None,
+      block_phase=None, softmax_scale=None, softcap=0.0, split_len=0):  # fmt: skip
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("nld::block_attention.out")
+def _(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode, *, block_len=None,
+      block_phase=None, softmax_scale=None, softcap=0.0, split_len=0, out, lse):  # fmt: skip
+    return None
 
 
 # ---- sampler ----------------------------------------------------------------------------------

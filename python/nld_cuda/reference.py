@@ -78,6 +78,85 @@ def compact_(
 # ---- attention --------------------------------------------------------------------------------
 
 
+def visible_keys(
+    mode: int, seq_len: int, num_rows: int, block_len: int = 1, block_phase: int = 0
+) -> Tensor:
+    """Return bool `[num_rows, seq_len]`: may row i of a request see key j?"""
+    row = torch.arange(num_rows)[:, None]
+    key = torch.arange(seq_len)[None]
+    first = seq_len - num_rows  # key index of row 0
+    p = first + row
+    if mode == 0:  # FULL
+        return (key >= 0) & (row >= 0)
+    if mode == 1:  # CAUSAL
+        return key <= p
+    if mode == 2:  # BLOCK_CAUSAL
+
+        def block(index: Tensor) -> Tensor:
+            return torch.div(index + block_phase, block_len, rounding_mode="floor")
+
+        return block(key) <= block(p)
+    if mode == 3:  # QUADRATIC
+        group_len = block_len + 1
+        current = key - first  # flat index among the current rows
+        in_cache = current < 0
+        head = (current >= 0) & (current % group_len == 0) & (current <= row)
+        same_group = (current >= 0) & (
+            torch.div(current, group_len, rounding_mode="floor")
+            == torch.div(row, group_len, rounding_mode="floor")
+        )
+        return in_cache | head | ((row % group_len != 0) & same_group)
+    raise ValueError(f"block_attention: mask_mode must lie in [0, 4), got {mode}")
+
+
+def block_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    mask_mode: Tensor,
+    *,
+    block_len: Tensor | None = None,
+    block_phase: Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    split_len: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Gather each request's keys and values, score, mask, softmax; `split_len` changes nothing."""
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    total_q, num_heads, head_dim = q.shape
+    page_size, num_kv_heads = k_cache.shape[1:3]
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.full((num_heads, total_q), -torch.inf, dtype=compute, device=q.device)
+    for b, seq_len in enumerate(seq_lens.tolist()):
+        begin, end = int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1])
+        if begin == end or seq_len == 0:
+            continue
+        index = torch.arange(seq_len, device=q.device)
+        pages, offsets = page_table[b, index // page_size].long(), index % page_size
+        heads_per_kv = num_heads // num_kv_heads
+        k = k_cache[pages, offsets].to(compute).repeat_interleave(heads_per_kv, dim=1)
+        v = v_cache[pages, offsets].to(compute).repeat_interleave(heads_per_kv, dim=1)
+        scores = scale * torch.einsum("qhd,khd->hqk", q[begin:end].to(compute), k)
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        visible = visible_keys(
+            int(mask_mode[b]),
+            seq_len,
+            end - begin,
+            1 if block_len is None else int(block_len[b]),
+            0 if block_phase is None else int(block_phase[b]),
+        ).to(q.device)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        lse[:, begin:end] = torch.logsumexp(scores, dim=-1)
+        weights = torch.softmax(scores, dim=-1).masked_fill(~visible, 0)  # a row seeing nothing: 0
+        out[begin:end] = torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
+    return out, lse
+
+
 # ---- sampler ----------------------------------------------------------------------------------
 
 

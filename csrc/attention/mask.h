@@ -1,0 +1,80 @@
+// Which keys a query row may see: the one definition that every attention kernel uses. Knows no torch, compiles with
+// nvcc.
+//
+// Row i of a request with n rows and L = seq_len keys sits at key index p = L - n + i. What it sees is
+//   [0, dense_end)  and the group heads in [0, head_end)  and [group_begin, group_end),
+// the last two only under QUADRATIC. All ends are clamped to [0, L], so no kernel tests j < L again.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define NLD_HD __host__ __device__ inline
+#else
+#define NLD_HD static inline
+#endif
+
+namespace nld {
+
+enum class MaskMode : int32_t { kFull = 0, kCausal = 1, kBlockCausal = 2, kQuadratic = 3 };
+constexpr int32_t kNumMaskModes = 4;
+
+// The mask of one request.
+struct RequestMask {
+  MaskMode mode;
+  int32_t seq_len, num_rows;
+  int32_t block_len, block_phase;  // block_len is only read by kBlockCausal and kQuadratic
+};
+
+// What one row sees.
+struct RowView {
+  int32_t dense_end, head_end, group_begin, group_end;
+};
+
+NLD_HD int32_t clamp_key(int64_t key, int32_t seq_len) {
+  return key < 0 ? 0 : key > seq_len ? seq_len : static_cast<int32_t>(key);
+}
+
+NLD_HD int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
+
+NLD_HD RowView row_view(const RequestMask& mask, int32_t row) {
+  const int64_t first = static_cast<int64_t>(mask.seq_len) - mask.num_rows, p = first + row;
+  int64_t dense = 0, head = 0, group_begin = 0, group_end = 0;
+  switch (mask.mode) {
+    case MaskMode::kFull:
+      dense = mask.seq_len;
+      break;
+    case MaskMode::kCausal:
+      dense = p + 1;
+      break;
+    case MaskMode::kBlockCausal:
+      dense = (floor_div(p + mask.block_phase, mask.block_len) + 1) * mask.block_len - mask.block_phase;
+      break;
+    case MaskMode::kQuadratic: {
+      const int64_t group_len = static_cast<int64_t>(mask.block_len) + 1;
+      dense = first;
+      head = p + 1;
+      if (row % group_len != 0) {
+        group_begin = first + row / group_len * group_len;
+        group_end = group_begin + group_len;
+      }
+      break;
+    }
+  }
+  return {clamp_key(dense, mask.seq_len), clamp_key(head, mask.seq_len), clamp_key(group_begin, mask.seq_len),
+          clamp_key(group_end, mask.seq_len)};
+}
+
+// Is key j the head of a group of current rows? Only asked under kQuadratic.
+NLD_HD bool is_group_head(const RequestMask& mask, int32_t key) {
+  const int64_t row = static_cast<int64_t>(key) - (static_cast<int64_t>(mask.seq_len) - mask.num_rows);
+  return row >= 0 && row % (static_cast<int64_t>(mask.block_len) + 1) == 0;
+}
+
+// One past the last key the row can see; 0 when it sees none.
+NLD_HD int32_t view_end(const RowView& view) {
+  const int32_t end = view.dense_end > view.head_end ? view.dense_end : view.head_end;
+  return view.group_end > view.group_begin && view.group_end > end ? view.group_end : end;
+}
+
+}  // namespace nld

@@ -1,0 +1,336 @@
+"""block_attention against its reference: every mask mode, layout and size, poison, invariance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import (
+    ATTENTION_CORNER,
+    ATTENTION_CORRECT,
+    BLOCK_CAUSAL,
+    CAUSAL,
+    FULL,
+    MIXED,
+    QUADRATIC,
+    AttentionCase,
+    Request,
+)
+from compare import assert_accurate, assert_equal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nld_cuda import ops, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+INT = torch.int32
+
+
+def make(case: AttentionCase, dtype: torch.dtype, device: str = "cpu") -> tuple[list, dict]:
+    """Return (arguments, options) of a case: NaN past seq_lens, absurd unused page-table entries."""
+    lens = [r.seq_len for r in case.requests]
+    pages_of = [-(-n // case.page_size) for n in lens]
+    num_pages = sum(pages_of) + 2
+    shape = [num_pages, case.page_size, case.kv_heads, case.dim]
+    if case.hnd:
+        shape[1], shape[2] = shape[2], shape[1]
+    # The caches are planes of one buffer, so that strides are not those of a contiguous tensor.
+    caches = torch.randn(num_pages, 2, *shape[1:]).to(dtype)
+    k_cache, v_cache = caches.unbind(1)
+    if case.hnd:
+        k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    order = torch.randperm(num_pages).tolist()
+    table = torch.full((len(lens), max(pages_of, default=0) + 2), 2**31 - 1, dtype=INT)
+    used = torch.zeros(num_pages, case.page_size, dtype=torch.bool)
+    for b, length in enumerate(lens):
+        for i in range(pages_of[b]):
+            page = order.pop()
+            table[b, i] = page
+            used[page, : length - i * case.page_size] = True
+    k_cache[~used] = torch.nan
+    v_cache[~used] = torch.nan
+    total = case.rows + case.extra_rows
+    qkv = torch.randn(total, case.heads + 2 * case.kv_heads, case.dim).to(dtype)
+    q = qkv[:, : case.heads]
+    q[case.rows :] = torch.nan
+    ints = {
+        "seq_lens": lens,
+        "cu_seqlens_q": [0, *torch.tensor([r.rows for r in case.requests]).cumsum(0).tolist()],
+        "mask_mode": [r.mode for r in case.requests],
+        "block_len": [r.block_len for r in case.requests],
+        "block_phase": [r.phase for r in case.requests],
+    }
+    tensors = {name: torch.tensor(value, dtype=INT, device=device) for name, value in ints.items()}
+    args = [t.to(device) for t in (q, k_cache, v_cache, table)]
+    args += [tensors[n] for n in ("seq_lens", "cu_seqlens_q", "mask_mode")]
+    options = {
+        "block_len": tensors["block_len"],
+        "block_phase": tensors["block_phase"],
+        "softmax_scale": case.scale,
+        "softcap": case.softcap,
+        "split_len": case.split_len,
+    }
+    return args, options
+
+
+def expected(args: list, options: dict) -> tuple[tuple, tuple]:
+    """Return the reference's (out, lse) in float64 and in the dtype of q, computed on the CPU."""
+    cpu = [t.cpu() for t in args]
+    cpu_options = {n: v.cpu() if isinstance(v, torch.Tensor) else v for n, v in options.items()}
+    exact = reference.block_attention(*(t.double() if t.is_floating_point() else t for t in cpu), **cpu_options)
+    return exact, reference.block_attention(*cpu, **cpu_options)
+
+
+def check(actual: tuple, args: list, options: dict) -> None:
+    exact, plain = expected(args, options)
+    assert actual[0].dtype == args[0].dtype and actual[1].dtype == torch.float32
+    assert_accurate(actual[0], exact[0], plain[0], "out")
+    assert_accurate(actual[1], exact[1], plain[1], "lse", tiny=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ATTENTION_CORRECT + ATTENTION_CORNER, ids=str)
+def test_matches_reference(case: AttentionCase, dtype: torch.dtype, backend) -> None:
+    args, options = make(case, dtype, backend.device)
+    check(ops.block_attention(*args, **options), args, options)
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_any_batch(data) -> None:
+    requests = data.draw(
+        st.lists(
+            st.builds(
+                Request,
+                rows=st.integers(0, 40),
+                seq_len=st.integers(0, 90),
+                mode=st.integers(0, 3),
+                block_len=st.integers(1, 9),
+                phase=st.integers(-9, 9),
+            ),
+            max_size=4,
+        )
+    )
+    kv_heads = data.draw(st.integers(1, 3))
+    case = AttentionCase(
+        "drawn",
+        tuple(requests),
+        heads=kv_heads * data.draw(st.integers(1, 5)),
+        kv_heads=kv_heads,
+        dim=data.draw(st.integers(1, 40)),
+        page_size=data.draw(st.integers(1, 9)),
+        split_len=data.draw(st.integers(0, 50)),
+        hnd=data.draw(st.booleans()),
+    )
+    args, options = make(case, data.draw(st.sampled_from(DTYPES)))
+    check(ops.block_attention(*args, **options), args, options)
+
+
+@pytest.mark.parametrize("mode", [FULL, CAUSAL, BLOCK_CAUSAL, QUADRATIC])
+def test_reference_mask_is_the_written_rule(mode: int) -> None:
+    """The rule of docs/design.md, key by key, against the reference's tensor form."""
+    for rows, seq_len, block_len, phase in [(6, 6, 2, 0), (7, 12, 3, 1), (12, 20, 3, -2), (9, 4, 2, 5)]:
+        mask = reference.visible_keys(mode, seq_len, rows, block_len, phase)
+        for i in range(rows):
+            p = seq_len - rows + i
+            for j in range(seq_len):
+                c = j - (seq_len - rows)
+                size = block_len + 1
+                rule = {
+                    FULL: True,
+                    CAUSAL: j <= p,
+                    BLOCK_CAUSAL: math.floor((j + phase) / block_len) <= math.floor((p + phase) / block_len),
+                    QUADRATIC: c < 0 or (c % size == 0 and c <= i) or (i % size != 0 and c // size == i // size),
+                }[mode]
+                assert bool(mask[i, j]) == rule, (mode, rows, seq_len, i, j)
+
+
+def test_rows_that_see_nothing(backend) -> None:
+    case = AttentionCase("x", (Request(3, 0, FULL), Request(5, 2, CAUSAL), Request(2, 7)), extra_rows=4)
+    args, options = make(case, torch.float32, backend.device)
+    out, lse = ops.block_attention(*args, **options)
+    blind = torch.tensor([True] * 6 + [False] * 4 + [True] * 4)
+    assert (out.cpu()[blind] == 0).all() and (lse.cpu()[:, blind] == -torch.inf).all()
+    assert (out.cpu()[~blind] != 0).any(-1).all() and lse.cpu()[:, ~blind].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_out_is_written_through_its_strides(dtype: torch.dtype, backend) -> None:
+    case = AttentionCase("x", MIXED, extra_rows=2, split_len=64)
+    args, options = make(case, dtype, backend.device)
+    out, lse = ops.block_attention(*args, **options)
+    total = case.rows + case.extra_rows
+    buffer = torch.full((total, case.heads + 3, case.dim + 5), 7.0, dtype=dtype, device=backend.device)
+    lse_buffer = torch.full((total, case.heads + 1), 7.0, device=backend.device)
+    view, lse_view = buffer[:, 2 : 2 + case.heads, : case.dim], lse_buffer[:, : case.heads].T
+    before = [t.clone() for t in args]
+    result = ops.block_attention(*args, **options, out=view, lse=lse_view)
+    assert result[0] is view and result[1] is lse_view
+    assert_equal(view, out, "out")
+    assert_equal(lse_view, lse, "lse")
+    view.fill_(7.0)
+    lse_view.fill_(7.0)
+    assert (buffer == 7).all() and (lse_buffer == 7).all(), "written outside out"
+    for now, was in zip(args, before, strict=True):
+        assert_equal(now, was, "an argument that is only read")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("split_len", [0, 32])
+def test_batch_equals_its_requests_alone(split_len: int, dtype: torch.dtype, backend) -> None:
+    case = AttentionCase("x", MIXED, split_len=split_len)
+    args, options = make(case, dtype, backend.device)
+    out, lse = ops.block_attention(*args, **options)
+    begin = 0
+    for b, request in enumerate(case.requests):
+        end = begin + request.rows
+        alone = [args[0][begin:end], *args[1:3], args[3][b : b + 1], args[4][b : b + 1]]
+        alone += [torch.tensor([0, request.rows], dtype=INT, device=backend.device), args[6][b : b + 1]]
+        one = {n: v[b : b + 1] if isinstance(v, torch.Tensor) else v for n, v in options.items()}
+        out_alone, lse_alone = ops.block_attention(*alone, **one)
+        assert_equal(out_alone, out[begin:end], f"out of request {b}")
+        assert_equal(lse_alone, lse[:, begin:end], f"lse of request {b}")
+        begin = end
+
+
+def test_row_does_not_depend_on_its_neighbours(backend) -> None:
+    args, options = make(AttentionCase("x", (Request(50, 250, CAUSAL),), heads=6), torch.bfloat16, backend.device)
+    out, lse = ops.block_attention(*args, **options)
+    for row in (0, 17, 49):
+        alone = list(args)
+        alone[0] = args[0][row : row + 1]
+        alone[4] = torch.tensor([201 + row], dtype=INT, device=backend.device)
+        alone[5] = torch.tensor([0, 1], dtype=INT, device=backend.device)
+        out_alone, lse_alone = ops.block_attention(*alone, **options)
+        assert_equal(out_alone, out[row : row + 1], f"out of row {row}")
+        assert_equal(lse_alone, lse[:, row : row + 1], f"lse of row {row}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        AttentionCase("splits-in-parallel", (Request(32, 900, FULL),), split_len=128),
+        AttentionCase("items-in-parallel", (Request(200, 400), *MIXED), split_len=128),
+    ],
+    ids=str,
+)
+def test_thread_count_changes_no_bit(case: AttentionCase, dtype: torch.dtype, backend) -> None:
+    args, options = make(case, dtype, backend.device)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            results.append(ops.block_attention(*args, **options))
+    finally:
+        torch.set_num_threads(threads)
+    check(results[0], args, options)
+    for out, lse in results[1:]:
+        assert_equal(out, results[0][0], "out")
+        assert_equal(lse, results[0][1], "lse")
+
+
+def test_extreme_scores(backend) -> None:
+    """Scores of +-1e4 neither overflow nor lose the winner; equal scores average."""
+    case = AttentionCase("x", (Request(2, 300, FULL),), heads=2, kv_heads=1, dim=16)
+    args, options = make(case, torch.float32, backend.device)
+    args[0] *= 100
+    args[1] *= 100
+    check(ops.block_attention(*args, **options), args, options)
+    args[0].zero_()
+    out, lse = ops.block_attention(*args, **options)
+    torch.testing.assert_close(lse.cpu(), torch.full((2, 2), math.log(300)))
+    check((out, lse), args, options)
+
+
+def test_nan_reaches_only_rows_that_see_it(backend) -> None:
+    args, options = make(AttentionCase("x", (Request(20, 40, CAUSAL),), dim=24), torch.float32, backend.device)
+    page, offset = int(args[3][0, 30 // 16]), 30 % 16
+    args[1][page, offset] = torch.nan
+    out, lse = ops.block_attention(*args, **options)
+    assert not out[:10].isnan().any() and out[10:].isnan().all()
+    assert not lse[:, :10].isnan().any() and lse[:, 10:].isnan().all()
+
+
+def test_opcheck() -> None:
+    args, options = make(AttentionCase("x", MIXED, extra_rows=1), torch.float32)
+    args = [t.nan_to_num(0) if t.is_floating_point() else t for t in args]
+    torch.library.opcheck(torch.ops.nld.block_attention.default, tuple(args), options)
+    out, lse = ops.block_attention(*args, **options)
+    out_args = {**options, "out": torch.zeros_like(out), "lse": torch.zeros_like(lse)}
+    torch.library.opcheck(torch.ops.nld.block_attention.out, tuple(args), out_args)
+
+
+def test_compiles_with_dynamic_shapes() -> None:
+    def step(args, options, out, lse):
+        first, _ = ops.block_attention(*args, **options)
+        ops.block_attention(*args, **options, out=out, lse=lse)
+        return first + out
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for rows in (3, 7, 12):
+        case = AttentionCase("x", (Request(rows, 40, FULL), Request(rows + 1, 50)), dim=32)
+        args, options = make(case, torch.float32)
+        args[0] = args[0].contiguous()
+        out, lse = torch.zeros_like(args[0]), torch.zeros(case.heads, case.rows)
+        actual = compiled(args, options, out, lse)
+        eager_out, eager_lse = ops.block_attention(*args, **options)
+        assert_equal(actual, eager_out * 2, "compiled result")
+        assert_equal(out, eager_out, "out")
+        assert_equal(lse, eager_lse, "lse")
+
+
+NAMES = ["q", "k_cache", "v_cache", "page_table", "seq_lens", "cu_seqlens_q", "mask_mode"]
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"q": lambda t: t[0]}, "q must have 3 dimensions"),
+        ({"q": lambda t: t.double()}, "q must be float32, bfloat16 or float16, got float64"),
+        ({"q": lambda t: t[:, :3]}, "q must have a multiple of the 2 heads of k_cache, got 3"),
+        ({"q": lambda t: t[..., :0]}, "q must have a head_dim of at least 1"),
+        ({"q": lambda t: t.repeat(1, 1, 2)[..., ::2]}, "q must have stride 1 in its last dimension, got 2"),
+        ({"k_cache": lambda t: t[..., :8]}, r"k_cache must have size 64 \(head_dim of q\)"),
+        ({"k_cache": lambda t: t[:, :0], "v_cache": lambda t: t[:, :0]}, "page_size of at least 1"),
+        ({"v_cache": lambda t: t[:, :3]}, r"v_cache must have size 16 \(as k_cache\) in dimension 1"),
+        ({"v_cache": lambda t: t.half()}, r"v_cache must have the dtype of q \(float32\), got float16"),
+        ({"page_table": lambda t: t.long()}, "page_table must be int32, got int64"),
+        ({"page_table": lambda t: t[1:]}, "page_table must have size 5"),
+        ({"page_table": lambda t: t.clone().fill_(-1)}, r"page_table must hold pages in \[0, .* got -1 at request 0"),
+        ({"seq_lens": lambda t: t + 10000}, r"seq_lens must lie in \[0, 336\] \(max_pages \* page_size\), got 10070"),
+        ({"seq_lens": lambda t: t - 10000}, r"seq_lens must lie in \[0, 336\]"),
+        ({"cu_seqlens_q": lambda t: t[1:]}, r"cu_seqlens_q must have size 6 \(batch of seq_lens \+ 1\)"),
+        ({"cu_seqlens_q": lambda t: t.flip(0)}, "cu_seqlens_q must grow from 0 to at most 111"),
+        ({"cu_seqlens_q": lambda t: t + 1}, "cu_seqlens_q must grow from 0 to at most 111"),
+        ({"mask_mode": lambda t: torch.where(t == 3, 4, t).int()}, r"mask_mode must lie in \[0, 4\), got 4 at request 3"),
+        ({"mask_mode": lambda t: t.float()}, "mask_mode must be int32, got float32"),
+        ({"block_len": lambda t: t * 0}, "block_len must be >= 1, got 0 at request 2"),
+        ({"block_len": lambda t: None}, "block_len must be given for mask_mode 2, got None"),
+        ({"block_phase": lambda t: t[:2]}, "block_phase must have size 5"),
+        ({"softcap": lambda t: -1.0}, "softcap must be >= 0"),
+        ({"split_len": lambda t: -1}, "split_len must be >= 0"),
+        ({"out": lambda t: torch.zeros(1)}, "out and lse must be given together, got no lse"),
+        ({"out": lambda t: torch.zeros(111, 4, 64).half(), "lse": lambda t: torch.zeros(4, 111)}, "out must have the"),
+        ({"out": lambda t: torch.zeros(110, 4, 64), "lse": lambda t: torch.zeros(4, 111)}, "out must have size 111"),
+        ({"out": lambda t: torch.zeros(111, 4, 64), "lse": lambda t: torch.zeros(111, 4)}, "lse must have size 4"),
+        ({"out": lambda t: torch.zeros(111, 4, 64), "lse": lambda t: torch.zeros(4, 111).half()}, "lse must be fl"),
+    ],
+)
+def test_bad_arguments(change: dict, message: str) -> None:
+    args, options = make(AttentionCase("x", MIXED), torch.float32)
+    call = {**dict(zip(NAMES, args, strict=True)), **options, "out": None, "lse": None}
+    for name, fn in change.items():
+        call[name] = fn(call[name])
+    with pytest.raises(RuntimeError, match="block_attention: .*" + message):
+        ops.block_attention(**call)
+
+
+def test_splits_agree(backend) -> None:
+    """Any split length gives the result within the usual error, and the default equals 0."""
+    args, options = make(replace(ATTENTION_CORRECT[0], page_size=16), torch.float32, backend.device)
+    for split_len in (1, 7, 100, 128, 4096):
+        check(ops.block_attention(*args, **{**options, "split_len": split_len}), args, options)
