@@ -1,1 +1,231 @@
-// placeholder, replaced by the op
+// torch.ops.nld.verify_: schema, checks, CPU implementation.
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "common/check.h"
+#include "common/cpu_isa.h"
+#include "verify/accept.h"
+#include "verify/verify.h"
+
+namespace nld {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+const VerifyCpu& cpu_kernels() {
+#if defined(NLD_X86)
+  return pick_isa(baseline::verify_cpu, avx2::verify_cpu, avx512::verify_cpu);
+#else
+  return baseline::verify_cpu;
+#endif
+}
+
+void check_together(const char* op, const char* name, bool given, const char* needed_for, bool needed) {
+  if (needed && !given) fail(op, ": ", name, " must be given with ", needed_for, ", got None");
+}
+
+VerifyParams verify_params(const Tensor& logits, const Tensor& block_tokens, const Tensor& cu_seqlens, const Tensor& mode,
+                           const Tensor& out_tokens, const Tensor& out_lens, const Tensor& max_out_lens,
+                           const Tensor& next_tokens, const Tensor& seq_lens, const Tensor& done,
+                           const OptionalTensor& positions, const OptionalTensor& temperature, const OptionalTensor& seed,
+                           const OptionalTensor& draft_probs, const OptionalTensor& eos_token_ids,
+                           const OptionalTensor& banned_token_ids, const OptionalTensor& force_positions,
+                           const OptionalTensor& force_tokens, const Tensor& num_emitted, const Tensor& num_accepted) {
+  const char* op = "verify_";
+  const auto [rows, vocab] = shape<2>(op, "logits", logits);
+  const auto [capacity_batch, capacity] = shape<2>(op, "out_tokens", out_tokens);
+  const auto [batch] = shape<1>(op, "mode", mode);
+  const DType dtype = float_dtype(op, "logits", logits);
+  if (vocab < 1) fail(op, ": logits must have at least one column, got shape ", shape_text(logits));
+  check_last_dim_dense(op, "logits", logits);
+  const auto per_request = [&, batch = batch](const char* name, const Tensor& t, ScalarType type) {
+    check_vector(op, name, t, batch, "batch of mode", type, "logits", logits);
+  };
+  check_vector(op, "block_tokens", block_tokens, rows, "rows of logits", ScalarType::Long, "logits", logits);
+  check_vector(op, "cu_seqlens", cu_seqlens, batch + 1, "batch of mode + 1", ScalarType::Int, "logits", logits);
+  per_request("mode", mode, ScalarType::Int);
+  check_size(op, "out_tokens", out_tokens, 0, batch, "batch of mode");
+  check_dtype(op, "out_tokens", out_tokens, ScalarType::Long);
+  check_last_dim_dense(op, "out_tokens", out_tokens);
+  check_device(op, "out_tokens", out_tokens, "logits", logits);
+  per_request("out_lens", out_lens, ScalarType::Int);
+  per_request("max_out_lens", max_out_lens, ScalarType::Int);
+  per_request("next_tokens", next_tokens, ScalarType::Long);
+  per_request("seq_lens", seq_lens, ScalarType::Int);
+  per_request("done", done, ScalarType::Bool);
+  if (positions) check_vector(op, "positions", *positions, rows, "rows of logits", ScalarType::Int, "logits", logits);
+  if (temperature) per_request("temperature", *temperature, ScalarType::Float);
+  if (seed) per_request("seed", *seed, ScalarType::Long);
+  if (draft_probs) {
+    shape<2>(op, "draft_probs", *draft_probs);
+    check_dtype(op, "draft_probs", *draft_probs, ScalarType::Float);
+    check_size(op, "draft_probs", *draft_probs, 0, rows, "rows of logits");
+    check_size(op, "draft_probs", *draft_probs, 1, vocab, "vocab of logits");
+    check_last_dim_dense(op, "draft_probs", *draft_probs);
+    check_device(op, "draft_probs", *draft_probs, "logits", logits);
+  }
+  if (eos_token_ids) {
+    shape<2>(op, "eos_token_ids", *eos_token_ids);
+    check_dtype(op, "eos_token_ids", *eos_token_ids, ScalarType::Long);
+    check_size(op, "eos_token_ids", *eos_token_ids, 0, batch, "batch of mode");
+    check_contiguous(op, "eos_token_ids", *eos_token_ids);
+    check_device(op, "eos_token_ids", *eos_token_ids, "logits", logits);
+  }
+  if (banned_token_ids) {
+    const auto [num_banned] = shape<1>(op, "banned_token_ids", *banned_token_ids);
+    check_vector(op, "banned_token_ids", *banned_token_ids, num_banned, "ids", ScalarType::Long, "logits", logits);
+  }
+  if (force_positions) per_request("force_positions", *force_positions, ScalarType::Int);
+  if (force_tokens) per_request("force_tokens", *force_tokens, ScalarType::Long);
+  per_request("num_emitted", num_emitted, ScalarType::Int);
+  per_request("num_accepted", num_accepted, ScalarType::Int);
+  check_together(op, "positions", positions.has_value(), "temperature", temperature.has_value());
+  check_together(op, "seed", seed.has_value(), "temperature", temperature.has_value());
+  check_together(op, "positions", positions.has_value(), "force_positions", force_positions.has_value());
+  check_together(op, "force_tokens", force_tokens.has_value(), "force_positions", force_positions.has_value());
+  check_together(op, "force_positions", force_positions.has_value(), "force_tokens", force_tokens.has_value());
+  return {.dtype = dtype,
+          .rows = rows,
+          .vocab = vocab,
+          .batch = batch,
+          .capacity = capacity,
+          .num_eos = eos_token_ids ? eos_token_ids->size(1) : 0,
+          .num_banned = banned_token_ids ? banned_token_ids->size(0) : 0,
+          .logits = logits.data_ptr(),
+          .logits_stride = logits.stride(0),
+          .draft_probs = ptr<float>(draft_probs),
+          .draft_probs_stride = draft_probs ? draft_probs->stride(0) : 0,
+          .block_tokens = ptr<int64_t>(block_tokens),
+          .cu_seqlens = ptr<int32_t>(cu_seqlens),
+          .mode = ptr<int32_t>(mode),
+          .positions = ptr<int32_t>(positions),
+          .temperature = ptr<float>(temperature),
+          .seed = ptr<int64_t>(seed),
+          .eos_token_ids = ptr<int64_t>(eos_token_ids),
+          .banned_token_ids = ptr<int64_t>(banned_token_ids),
+          .force_positions = ptr<int32_t>(force_positions),
+          .force_tokens = ptr<int64_t>(force_tokens),
+          .out_tokens = ptr<int64_t>(out_tokens),
+          .out_tokens_stride = out_tokens.stride(0),
+          .out_lens = ptr<int32_t>(out_lens),
+          .max_out_lens = ptr<int32_t>(max_out_lens),
+          .next_tokens = ptr<int64_t>(next_tokens),
+          .seq_lens = ptr<int32_t>(seq_lens),
+          .done = ptr<bool>(done),
+          .num_emitted = ptr<int32_t>(num_emitted),
+          .num_accepted = ptr<int32_t>(num_accepted)};
+}
+
+// One row whose verdict the walk may need.
+struct RowTask {
+  int64_t request, row;
+  int64_t index;  // of the row in its request
+  bool is_last;
+};
+
+// Rows to judge, first rows of all requests first: the walks then end before much was read beyond their ends. Forced rows
+// get their verdict here; rows after one that cannot be accepted are left out.
+std::vector<RowTask> list_rows(const VerifyParams& p, std::vector<int64_t>& verdicts) {
+  std::vector<RowTask> tasks;
+  std::vector<VerifyRows> open(p.batch);
+  int64_t longest = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    open[b] = verify_rows(p, b);
+    longest = std::max(longest, open[b].count);
+  }
+  for (int64_t i = 0; i < longest; ++i) {
+    for (int64_t b = 0; b < p.batch; ++b) {
+      if (i >= open[b].count) continue;
+      const int64_t row = open[b].begin + i;
+      const bool is_last = i + 1 == open[b].count;
+      if (!is_last && verify_mode(p, b) == VerifyMode::kCommit) continue;
+      if (!is_forced(p, b, open[b].begin, i)) {
+        tasks.push_back({b, row, i, is_last});
+      } else if (!is_last && p.block_tokens[row + 1] == p.force_tokens[b]) {
+        verdicts[row] = kAccepted;
+      } else {
+        verdicts[row] = p.force_tokens[b];
+        open[b].count = 0;
+      }
+    }
+  }
+  return tasks;
+}
+
+// Calls fn(i) for i in 0 .. count on several threads, each taking the next i when it is free.
+template <class Fn>
+void for_each_dynamic(int64_t count, int64_t elements_each, const Fn& fn) {
+  constexpr int64_t kElementsPerThread = 65536;  // below that, waking a thread costs more than it saves
+  const int64_t wanted = 1 + count * elements_each / kElementsPerThread;
+  const int64_t threads = std::min<int64_t>({wanted, count, torch::stable::get_num_threads()});
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) fn(i);
+  });
+}
+
+// Workspace: a RowPart (24 bytes) per row and slice of the vocabulary, and 8 + 8 bytes per row.
+void verify_rows_cpu(const VerifyParams& p) {
+  const VerifyCpu& cpu = cpu_kernels();
+  std::vector<int64_t> verdicts(p.rows, kAccepted);
+  const std::vector<RowTask> tasks = list_rows(p, verdicts);
+  const int64_t slices = (p.vocab + cpu.slice_len - 1) / cpu.slice_len, slice_len = std::min(p.vocab, cpu.slice_len);
+  std::vector<RowPart> parts(tasks.size() * slices);
+  std::vector<std::atomic<int64_t>> slices_done(tasks.size()), num_open(p.batch);
+  for (auto& rows : num_open) rows = INT64_MAX;  // rows of the request that its walk may still reach
+  for_each_dynamic(tasks.size() * slices, slice_len, [&](int64_t item) {
+    const int64_t task_idx = item / slices, slice = item % slices;
+    const RowTask& task = tasks[task_idx];
+    if (task.index >= num_open[task.request]) return;
+    RowPart* row_parts = &parts[task_idx * slices];
+    cpu.scan_slice(p, task.request, task.row, task.is_last, slice, row_parts[slice]);
+    if (++slices_done[task_idx] < slices) return;
+    const int64_t verdict = verdicts[task.row] = cpu.judge(p, task.request, task.row, task.is_last, row_parts);
+    if (verdict == kAccepted) return;
+    int64_t seen = num_open[task.request];
+    while (seen > task.index + 1 && !num_open[task.request].compare_exchange_weak(seen, task.index + 1)) {
+    }
+  });
+
+  // Bonus tokens that are drawn from what the draft distribution left over, at the row where the walk ended.
+  std::vector<int64_t> residuals;
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    if (verdicts[tasks[i].row] == kResidual && num_open[tasks[i].request] == tasks[i].index + 1) residuals.push_back(i);
+  }
+  std::vector<RowPart> residual_parts(residuals.size() * slices);
+  for_each_dynamic(residuals.size() * slices, slice_len, [&](int64_t item) {
+    const RowTask& task = tasks[residuals[item / slices]];
+    cpu.residual_slice(p, task.request, task.row, &parts[residuals[item / slices] * slices], item % slices, residual_parts[item]);
+  });
+  for (size_t i = 0; i < residuals.size(); ++i) {
+    const RowTask& task = tasks[residuals[i]];
+    verdicts[task.row] = cpu.pick_residual(p, task.request, task.row, &residual_parts[i * slices]);
+  }
+  for (int64_t b = 0; b < p.batch; ++b) emit(p, b, verdicts.data());
+}
+
+void verify_cpu(Tensor logits, Tensor block_tokens, Tensor cu_seqlens, Tensor mode, Tensor out_tokens, Tensor out_lens,
+                Tensor max_out_lens, Tensor next_tokens, Tensor seq_lens, Tensor done, OptionalTensor positions,
+                OptionalTensor temperature, OptionalTensor seed, OptionalTensor draft_probs, OptionalTensor eos_token_ids,
+                OptionalTensor banned_token_ids, OptionalTensor force_positions, OptionalTensor force_tokens,
+                Tensor num_emitted, Tensor num_accepted) {
+  verify_rows_cpu(verify_params(logits, block_tokens, cu_seqlens, mode, out_tokens, out_lens, max_out_lens, next_tokens, seq_lens,
+                                done, positions, temperature, seed, draft_probs, eos_token_ids, banned_token_ids,
+                                force_positions, force_tokens, num_emitted, num_accepted));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(nld, m) {
+  m.def(
+      "verify_(Tensor logits, Tensor block_tokens, Tensor cu_seqlens, Tensor mode, Tensor(a!) out_tokens, "
+      "Tensor(b!) out_lens, Tensor max_out_lens, Tensor(c!) next_tokens, Tensor(d!) seq_lens, Tensor(e!) done, *, "
+      "Tensor? positions=None, Tensor? temperature=None, Tensor? seed=None, Tensor? draft_probs=None, "
+      "Tensor? eos_token_ids=None, Tensor? banned_token_ids=None, Tensor(f!)? force_positions=None, "
+      "Tensor? force_tokens=None, Tensor(g!) num_emitted, Tensor(h!) num_accepted) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nld, CPU, m) { m.impl("verify_", TORCH_BOX(&verify_cpu)); }
+
+}  // namespace nld
