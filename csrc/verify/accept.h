@@ -1,4 +1,5 @@
-// What follows once every row has its verdict: accept, emit, cut, roll back. One request at a time, on CPU and GPU alike.
+// What follows once every row has its verdict: accept, emit, cut, roll back. One request at a time, on CPU and GPU
+// alike.
 #pragma once
 
 #include <cstdint>

@@ -34,7 +34,9 @@ struct Residual {
     const VecI some = mass >= kMinNormal;  // exact_log() takes normal numbers only
     return some ? exact_log(some ? mass : set1(1.0f)) : set1(-kInf);
   }
-  inline __attribute__((always_inline)) VecF vec(int64_t i) const { return log_mass(logits.vec(i), load(draft_probs + i)); }
+  inline __attribute__((always_inline)) VecF vec(int64_t i) const {
+    return log_mass(logits.vec(i), load(draft_probs + i));
+  }
   inline __attribute__((always_inline)) VecF partial(int64_t i, int n) const {
     return log_mass(logits.partial(i, n), load_partial(draft_probs + i, n, 0.0f));
   }
@@ -52,9 +54,12 @@ template <class Fn>
 NLD_INLINE void with_logits(const VerifyParams& p, int64_t row, float scale, const Fn& fn) {
   const int64_t offset = row * p.logits_stride;
   switch (p.dtype) {
-    case DType::kF32: return fn(Logits<float>{static_cast<const float*>(p.logits) + offset, scale});
-    case DType::kBF16: return fn(Logits<bf16>{static_cast<const bf16*>(p.logits) + offset, scale});
-    case DType::kF16: return fn(Logits<f16>{static_cast<const f16*>(p.logits) + offset, scale});
+    case DType::kF32:
+      return fn(Logits<float>{static_cast<const float*>(p.logits) + offset, scale});
+    case DType::kBF16:
+      return fn(Logits<bf16>{static_cast<const bf16*>(p.logits) + offset, scale});
+    case DType::kF16:
+      return fn(Logits<f16>{static_cast<const f16*>(p.logits) + offset, scale});
   }
 }
 
@@ -114,7 +119,8 @@ ExpSum merged_sums(const VerifyParams& p, const RowPart* parts) {
 bool keeps_draft(const VerifyParams& p, int64_t request, int64_t row, int64_t draft, const ExpSum& sums) {
   if (draft < 0 || draft >= p.vocab || is_banned(banned(p), draft)) return false;
   float logit = -kInf;
-  with_logits(p, row, draw_scale(p, request), [&](const auto& logits) __attribute__((always_inline)) { logit = logits.at(draft); });
+  with_logits(p, row, draw_scale(p, request),
+              [&](const auto& logits) __attribute__((always_inline)) { logit = logits.at(draft); });
   const float shifted = logit - sums.max;
   const float target_prob = shifted > -100.0f ? exp(shifted) / sums.sum : 0.0f;
   float draft_prob = 1.0f;
@@ -138,7 +144,8 @@ int64_t judge(const VerifyParams& p, int64_t request, int64_t row, bool is_last,
   return !is_last && p.block_tokens[row + 1] == target ? kAccepted : target;
 }
 
-void residual_slice(const VerifyParams& p, int64_t request, int64_t row, const RowPart* parts, int64_t slice, RowPart& part) {
+void residual_slice(const VerifyParams& p, int64_t request, int64_t row, const RowPart* parts, int64_t slice,
+                    RowPart& part) {
   const int64_t begin = slice * kSliceLen, end = slice_end(p, slice);
   const NoiseKey key = noise_key(p, request, row, Purpose::kResidual);
   Best best;

@@ -25,27 +25,28 @@ void check_together(const char* op, const char* name, bool given, const char* ne
   if (needed && !given) fail(op, ": ", name, " must be given with ", needed_for, ", got None");
 }
 
-VerifyParams verify_params(const Tensor& logits, const Tensor& block_tokens, const Tensor& cu_seqlens, const Tensor& mode,
-                           const Tensor& out_tokens, const Tensor& out_lens, const Tensor& max_out_lens,
-                           const Tensor& next_tokens, const Tensor& seq_lens, const Tensor& done,
-                           const OptionalTensor& positions, const OptionalTensor& temperature, const OptionalTensor& seed,
-                           const OptionalTensor& draft_probs, const OptionalTensor& eos_token_ids,
-                           const OptionalTensor& banned_token_ids, const OptionalTensor& force_positions,
-                           const OptionalTensor& force_tokens, const Tensor& num_emitted, const Tensor& num_accepted) {
+VerifyParams verify_params(const Tensor& logits, const Tensor& block_tokens, const Tensor& cu_seqlens,
+                           const Tensor& verify_mode, const Tensor& out_tokens, const Tensor& out_lens,
+                           const Tensor& max_out_lens, const Tensor& next_tokens, const Tensor& seq_lens,
+                           const Tensor& done, const OptionalTensor& positions, const OptionalTensor& temperature,
+                           const OptionalTensor& seed, const OptionalTensor& draft_probs,
+                           const OptionalTensor& eos_token_ids, const OptionalTensor& banned_token_ids,
+                           const OptionalTensor& force_positions, const OptionalTensor& force_tokens,
+                           const Tensor& num_emitted, const Tensor& num_accepted) {
   const char* op = "verify_";
   const auto [rows, vocab] = shape<2>(op, "logits", logits);
   const auto [capacity_batch, capacity] = shape<2>(op, "out_tokens", out_tokens);
-  const auto [batch] = shape<1>(op, "mode", mode);
+  const auto [batch] = shape<1>(op, "verify_mode", verify_mode);
   const DType dtype = float_dtype(op, "logits", logits);
   if (vocab < 1) fail(op, ": logits must have at least one column, got shape ", shape_text(logits));
   check_last_dim_dense(op, "logits", logits);
   const auto per_request = [&, batch = batch](const char* name, const Tensor& t, ScalarType type) {
-    check_vector(op, name, t, batch, "batch of mode", type, "logits", logits);
+    check_vector(op, name, t, batch, "batch of verify_mode", type, "logits", logits);
   };
   check_vector(op, "block_tokens", block_tokens, rows, "rows of logits", ScalarType::Long, "logits", logits);
-  check_vector(op, "cu_seqlens", cu_seqlens, batch + 1, "batch of mode + 1", ScalarType::Int, "logits", logits);
-  per_request("mode", mode, ScalarType::Int);
-  check_size(op, "out_tokens", out_tokens, 0, batch, "batch of mode");
+  check_vector(op, "cu_seqlens", cu_seqlens, batch + 1, "batch of verify_mode + 1", ScalarType::Int, "logits", logits);
+  per_request("verify_mode", verify_mode, ScalarType::Int);
+  check_size(op, "out_tokens", out_tokens, 0, batch, "batch of verify_mode");
   check_dtype(op, "out_tokens", out_tokens, ScalarType::Long);
   check_last_dim_dense(op, "out_tokens", out_tokens);
   check_device(op, "out_tokens", out_tokens, "logits", logits);
@@ -68,7 +69,7 @@ VerifyParams verify_params(const Tensor& logits, const Tensor& block_tokens, con
   if (eos_token_ids) {
     shape<2>(op, "eos_token_ids", *eos_token_ids);
     check_dtype(op, "eos_token_ids", *eos_token_ids, ScalarType::Long);
-    check_size(op, "eos_token_ids", *eos_token_ids, 0, batch, "batch of mode");
+    check_size(op, "eos_token_ids", *eos_token_ids, 0, batch, "batch of verify_mode");
     check_contiguous(op, "eos_token_ids", *eos_token_ids);
     check_device(op, "eos_token_ids", *eos_token_ids, "logits", logits);
   }
@@ -98,7 +99,7 @@ VerifyParams verify_params(const Tensor& logits, const Tensor& block_tokens, con
           .draft_probs_stride = draft_probs ? draft_probs->stride(0) : 0,
           .block_tokens = ptr<int64_t>(block_tokens),
           .cu_seqlens = ptr<int32_t>(cu_seqlens),
-          .mode = ptr<int32_t>(mode),
+          .mode = ptr<int32_t>(verify_mode),
           .positions = ptr<int32_t>(positions),
           .temperature = ptr<float>(temperature),
           .seed = ptr<int64_t>(seed),
@@ -124,8 +125,8 @@ struct RowTask {
   bool is_last;
 };
 
-// Rows to judge, first rows of all requests first: the walks then end before much was read beyond their ends. Forced rows
-// get their verdict here; rows after one that cannot be accepted are left out.
+// Rows to judge, first rows of all requests first: the walks then end before much was read beyond their ends. Forced
+// rows get their verdict here; rows after one that cannot be accepted are left out.
 std::vector<RowTask> list_rows(const VerifyParams& p, std::vector<int64_t>& verdicts) {
   std::vector<RowTask> tasks;
   std::vector<VerifyRows> open(p.batch);
@@ -196,7 +197,8 @@ void verify_rows_cpu(const VerifyParams& p) {
   std::vector<RowPart> residual_parts(residuals.size() * slices);
   for_each_dynamic(residuals.size() * slices, slice_len, [&](int64_t item) {
     const RowTask& task = tasks[residuals[item / slices]];
-    cpu.residual_slice(p, task.request, task.row, &parts[residuals[item / slices] * slices], item % slices, residual_parts[item]);
+    cpu.residual_slice(p, task.request, task.row, &parts[residuals[item / slices] * slices], item % slices,
+                       residual_parts[item]);
   });
   for (size_t i = 0; i < residuals.size(); ++i) {
     const RowTask& task = tasks[residuals[i]];
@@ -205,21 +207,22 @@ void verify_rows_cpu(const VerifyParams& p) {
   for (int64_t b = 0; b < p.batch; ++b) emit(p, b, verdicts.data());
 }
 
-void verify_cpu(Tensor logits, Tensor block_tokens, Tensor cu_seqlens, Tensor mode, Tensor out_tokens, Tensor out_lens,
-                Tensor max_out_lens, Tensor next_tokens, Tensor seq_lens, Tensor done, OptionalTensor positions,
-                OptionalTensor temperature, OptionalTensor seed, OptionalTensor draft_probs, OptionalTensor eos_token_ids,
-                OptionalTensor banned_token_ids, OptionalTensor force_positions, OptionalTensor force_tokens,
-                Tensor num_emitted, Tensor num_accepted) {
-  verify_rows_cpu(verify_params(logits, block_tokens, cu_seqlens, mode, out_tokens, out_lens, max_out_lens, next_tokens, seq_lens,
-                                done, positions, temperature, seed, draft_probs, eos_token_ids, banned_token_ids,
-                                force_positions, force_tokens, num_emitted, num_accepted));
+void verify_cpu(Tensor logits, Tensor block_tokens, Tensor cu_seqlens, Tensor verify_mode, Tensor out_tokens,
+                Tensor out_lens, Tensor max_out_lens, Tensor next_tokens, Tensor seq_lens, Tensor done,
+                OptionalTensor positions, OptionalTensor temperature, OptionalTensor seed, OptionalTensor draft_probs,
+                OptionalTensor eos_token_ids, OptionalTensor banned_token_ids, OptionalTensor force_positions,
+                OptionalTensor force_tokens, Tensor num_emitted, Tensor num_accepted) {
+  verify_rows_cpu(verify_params(logits, block_tokens, cu_seqlens, verify_mode, out_tokens, out_lens, max_out_lens,
+                                next_tokens, seq_lens, done, positions, temperature, seed, draft_probs, eos_token_ids,
+                                banned_token_ids, force_positions, force_tokens, num_emitted, num_accepted));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(nld, m) {
+  // Not "mode": torch's own machinery (auto_functionalized) has a parameter of that name in the way.
   m.def(
-      "verify_(Tensor logits, Tensor block_tokens, Tensor cu_seqlens, Tensor mode, Tensor(a!) out_tokens, "
+      "verify_(Tensor logits, Tensor block_tokens, Tensor cu_seqlens, Tensor verify_mode, Tensor(a!) out_tokens, "
       "Tensor(b!) out_lens, Tensor max_out_lens, Tensor(c!) next_tokens, Tensor(d!) seq_lens, Tensor(e!) done, *, "
       "Tensor? positions=None, Tensor? temperature=None, Tensor? seed=None, Tensor? draft_probs=None, "
       "Tensor? eos_token_ids=None, Tensor? banned_token_ids=None, Tensor(f!)? force_positions=None, "

@@ -229,7 +229,7 @@ def _(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode, *, blo
 
 
 class VerifyMode(IntEnum):
-    """How `verify_` judges the drafts of a request; a value of its `mode` tensor."""
+    """How `verify_` judges the drafts of a request; a value of its `verify_mode` tensor."""
 
     GREEDY = 0
     SAMPLED = 1
@@ -248,7 +248,7 @@ def verify_(
     logits: Tensor,
     block_tokens: Tensor,
     cu_seqlens: Tensor,
-    mode: Tensor,
+    verify_mode: Tensor,
     out_tokens: Tensor,
     out_lens: Tensor,
     max_out_lens: Tensor,
@@ -284,16 +284,16 @@ def verify_(
       SAMPLED. An EOS ends the request as seed (nothing is emitted) or as draft; as the bonus it
       is emitted and ends the request in the next call.
 
-    At temperature 0 every draw is an argmax. Other values of `mode` count as GREEDY. NaN logits
-    count as -inf, +inf as the largest finite float; a row without a finite allowed logit draws
-    the lowest allowed id. Drafts outside the vocabulary are never accepted (but under COMMIT).
+    At temperature 0 every draw is an argmax. Other values of `verify_mode` count as GREEDY. NaN
+    logits count as -inf, +inf as the largest finite float; a row without a finite allowed logit
+    draws the lowest allowed id. Drafts outside the vocabulary are accepted under COMMIT only.
 
     Args:
         logits: `[rows, vocab]` float32, bfloat16 or float16, dense last dimension; row i predicts
             the token after row i. Only read, and only as far as a request's drafts are accepted.
         block_tokens: `[rows]` int64, seed and drafts of each request.
         cu_seqlens: `[batch + 1]` int32, ascending; rows past its end belong to nobody.
-        mode: `[batch]` int32, a `VerifyMode` each.
+        verify_mode: `[batch]` int32, a `VerifyMode` each.
         out_tokens: `[batch, capacity]` int64, dense last dimension; written: emitted tokens at
             `out_lens[b]` and after.
         out_lens: `[batch]` int32, >= 0; written: plus the tokens emitted.
@@ -334,8 +334,8 @@ def verify_(
     if num_accepted is None:
         num_accepted = torch.empty_like(out_lens)
     _nld.verify_(
-        logits, block_tokens, cu_seqlens, mode, out_tokens, out_lens, max_out_lens, next_tokens,
-        seq_lens, done, positions=positions, temperature=temperature, seed=seed,
+        logits, block_tokens, cu_seqlens, verify_mode, out_tokens, out_lens, max_out_lens,
+        next_tokens, seq_lens, done, positions=positions, temperature=temperature, seed=seed,
         draft_probs=draft_probs, eos_token_ids=eos_token_ids, banned_token_ids=banned_token_ids,
         force_positions=force_positions, force_tokens=force_tokens, num_emitted=num_emitted,
         num_accepted=num_accepted,
@@ -344,8 +344,8 @@ def verify_(
 
 
 @torch.library.register_fake("nld::verify_")
-def _(logits, block_tokens, cu_seqlens, mode, out_tokens, out_lens, max_out_lens, next_tokens,
-      seq_lens, done, *, positions=None, temperature=None, seed=None, draft_probs=None,
+def _(logits, block_tokens, cu_seqlens, verify_mode, out_tokens, out_lens, max_out_lens,
+      next_tokens, seq_lens, done, *, positions=None, temperature=None, seed=None, draft_probs=None,
       eos_token_ids=None, banned_token_ids=None, force_positions=None, force_tokens=None,
       num_emitted, num_accepted):  # fmt: skip
     return None
