@@ -276,7 +276,7 @@ WORKED = [
     case("force as last", [2, 3], [2, 3, 4], [2, 3, 5], 2, force=(103, 5), left=-1),
     case("force is past", [5, 3], [5, 3, 4], [5, 3, 4], 2, force=(100, 5), left=100),
     case("force as eos", [2, 3], [2, 3, 4], [2, EOS], 1, force=(102, EOS), left=-1, done=True),
-    case("force cut", [2, 5], [2, 3, 4], [2], 2, force=(102, 5), left=102, done=True, max_out_lens=3),
+    case("cut", [2, 5], [2, 3, 4], [2], 2, force=(102, 5), left=102, done=True, max_out_lens=3),
     case("force in one row", [], [6], [5], 0, force=(101, 5), left=-1),
     case("force at a commit", [2, 3], [7] * 3, [2, 3, 5], 2, mode=COMMIT, force=(103, 5), left=-1),
     case("force committed", [5, 3], [7] * 3, [5, 3, 7], 2, mode=COMMIT, force=(103, 5), left=-1),
