@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -167,7 +167,7 @@ class _Fields:
     def __init__(self, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
         self.values, self.source, self.prefix = values, source, prefix
 
-    def fail(self, name: str, rule: str, value: Any) -> None:
+    def fail(self, name: str, rule: str, value: Any) -> NoReturn:
         raise ValueError(f"{self.source}: {self.prefix}{name} must {rule}, got {value!r}")
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -265,9 +265,8 @@ def _rope(read: _Fields, head_dim: int, max_positions: int) -> RopeConfig:
     kind = rope.get("rope_type", "default")
     rotary_dim = int(head_dim * rope.number("partial_rotary_factor", default=1.0, minimum=0.0))
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
-        read.fail(
-            "head_dim", "times partial_rotary_factor be even and at most head_dim", rotary_dim
-        )
+        rule = f"give an even number of rotated elements in [2, {head_dim}] of head_dim {head_dim}"
+        rope.fail("partial_rotary_factor", rule, merged.get("partial_rotary_factor", 1.0))
     beta = rope.number("llama_4_scaling_beta", default=0.0)
     original_len = rope.get("original_max_position_embeddings")
     if original_len is None and (kind == "yarn" or beta):

@@ -22,8 +22,8 @@ def rope_frequencies(rope: RopeConfig) -> tuple[Tensor, float]:
 
     Source: YaRN (Peng et al. 2023), section 3; reference-model 1.3 has golden values.
     """
-    # float32 in the published order of operations, not float64: at position 100000 one last bit of a
-    # frequency is a hundredth of a radian, and the weights were trained with these frequencies.
+    # float32 in the published order of operations, not float64: at position 100000 one last bit of
+    # a frequency is a hundredth of a radian, and the weights were trained with these frequencies.
     wavelengths = rope.theta ** (torch.arange(0, rope.rotary_dim, 2).float() / rope.rotary_dim)
     frequencies = 1.0 / wavelengths
     if rope.kind == "linear":

@@ -1,0 +1,370 @@
+"""Reading config.json, weights in every layout, the adapter, and what the errors say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compare import assert_equal
+from safetensors.torch import load_file, save_file
+from tiny_model import YARN, config_fields, random_lora, random_weights, write_checkpoint
+from torch import Tensor
+
+from nld_cuda.decode.kv_cache import KVCache
+from nld_cuda.model import ModelConfig, NLDModel, load_model
+from nld_cuda.model.checkpoint import resolve_device
+
+
+def assert_holds(model: NLDModel, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Every weight sits where it belongs, fused ones one below the other."""
+    w = {name: t.to(dtype) for name, t in weights.items()}
+    assert_equal(model.embed, w["encoder.embed_tokens.weight"], "embed")
+    assert_equal(model.norm, w["encoder.norm.weight"], "norm")
+    assert_equal(model.head, w.get("diffusion_head.weight", w["encoder.embed_tokens.weight"]), "head")
+    for i, layer in enumerate(model.layers):
+        at = f"encoder.layers.{i}"
+        fused = {
+            "input_norm": ["input_layernorm"],
+            "qkv": [f"self_attn.{p}_proj" for p in "qkv"],
+            "o": ["self_attn.o_proj"],
+            "mlp_norm": ["post_attention_layernorm"],
+            "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+            "down": ["mlp.down_proj"],
+        }
+        for field, names in fused.items():
+            expected = torch.cat([w[f"{at}.{name}.weight"] for name in names])
+            assert_equal(getattr(layer, field), expected, f"{at}.{field}")
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("prefix", ["encoder", "model", "language_model.model", "language_model.encoder"])
+def test_layouts(prefix: str, shards: int, tmp_path: Path) -> None:
+    fields = config_fields()
+    weights = random_weights(fields)
+    head = "lm_head" if "model" in prefix else "diffusion_head"
+    wrapper = "language_model." if prefix.startswith("language_model") else ""
+    renamed = {
+        name.replace("encoder.", f"{prefix}.", 1).replace("diffusion_head", wrapper + head, 1): t
+        for name, t in weights.items()
+    }
+    renamed[f"{prefix}.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    calls: list[tuple[int, int]] = []
+    folder = write_checkpoint(tmp_path, fields, renamed, shards=shards)
+    model = load_model(folder, "cpu", progress=lambda done, total: calls.append((done, total)))
+    assert_holds(model, weights, torch.float32)
+    assert model.device == torch.device("cpu") and model.dtype == torch.float32 and not model.has_lora
+    assert model.num_parameters == sum(t.numel() for t in weights.values())
+    assert model.num_bytes == 4 * model.num_parameters
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    assert len(calls) == len(weights) and calls[-1] == (model.num_bytes, model.num_bytes)
+
+
+@pytest.mark.parametrize(
+    "stored,named,asked,expected",
+    [
+        (torch.bfloat16, "bfloat16", "auto", torch.bfloat16),
+        (torch.bfloat16, "float32", "auto", torch.float32),
+        (torch.float16, None, "auto", torch.float16),  # config.json does not say: as the file
+        (torch.float32, "bfloat16", "float16", torch.float16),
+        (torch.bfloat16, "bfloat16", torch.float32, torch.float32),
+    ],
+)
+def test_dtypes(stored: torch.dtype, named: str | None, asked: Any, expected: torch.dtype, tmp_path: Path) -> None:
+    fields = config_fields(torch_dtype=named)
+    weights = random_weights(fields, stored)
+    model = load_model(write_checkpoint(tmp_path, fields, weights), dtype=asked)
+    assert model.dtype == expected
+    assert_holds(model, weights, expected)
+
+
+def test_large_tensors_are_copied_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nld_cuda.model.tensor_files._CHUNK_ELEMENTS", 100)
+    fields = config_fields()
+    weights = random_weights(fields)
+    assert_holds(load_model(write_checkpoint(tmp_path, fields, weights)), weights, torch.float32)
+
+
+def test_tied_head(tmp_path: Path) -> None:
+    fields = config_fields(tie_word_embeddings=True)
+    weights = random_weights(fields)
+    model = load_model(write_checkpoint(tmp_path, fields, weights))
+    assert model.head is model.embed
+    assert model.num_parameters == sum(t.numel() for t in weights.values())
+    same = weights | {"diffusion_head.weight": weights["encoder.embed_tokens.weight"].clone()}
+    assert load_model(write_checkpoint(tmp_path, fields, same)).head.shape == model.head.shape
+    same["diffusion_head.weight"][0, 0] += 1
+    with pytest.raises(ValueError, match="diffusion_head.weight must equal the embedding"):
+        load_model(write_checkpoint(tmp_path, fields, same))
+
+
+def test_all_wrong_tensors_are_listed(tmp_path: Path) -> None:
+    fields = config_fields()
+    weights = random_weights(fields)
+    del weights["encoder.norm.weight"], weights["diffusion_head.weight"]
+    weights["encoder.layers.3.mlp.up_proj.weight"] = torch.zeros(2)  # one layer too many
+    weights["encoder.layers.1.self_attn.k_proj.weight"] = torch.zeros(8, 24)
+    weights["encoder.layers.2.mlp.down_proj.weight"] = torch.zeros(24, 56, dtype=torch.int8)
+    with pytest.raises(ValueError) as error:
+        load_model(write_checkpoint(tmp_path, fields, weights, shards=2))
+    message = str(error.value)
+    for part in (
+        "tensors of model-00001-of-00002.safetensors, model-00002-of-00002.safetensors must match config.json",
+        "unknown (1): encoder.layers.3.mlp.up_proj.weight",
+        "missing (2): encoder.norm.weight, diffusion_head.weight",
+        "misshapen (1): encoder.layers.1.self_attn.k_proj.weight [8, 24], expected [32, 24]",
+        "not one of F64, F32, BF16, F16 (1): encoder.layers.2.mlp.down_proj.weight I8",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_truncated_file(keep: int, tmp_path: Path) -> None:
+    fields = config_fields()
+    folder = write_checkpoint(tmp_path, fields, random_weights(fields), shards=2)
+    file = folder / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors: must be a complete safetensors file"):
+        load_model(folder)
+
+
+def test_files_that_do_not_fit(tmp_path: Path) -> None:
+    fields = config_fields()
+    weights = random_weights(fields)
+    with pytest.raises(FileNotFoundError, match="path must be a checkpoint folder"):
+        load_model(tmp_path / "nowhere")
+    folder = write_checkpoint(tmp_path / "a", fields, weights, shards=2)
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="missing: model-00001-of-00002.safetensors"):
+        load_model(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"x": "../x.safetensors"}}')
+    with pytest.raises(ValueError, match="must hold plain file names"):
+        load_model(folder)
+    index.write_text("{")
+    with pytest.raises(ValueError, match=r"index.json: must be JSON with a weight_map"):
+        load_model(folder)
+    index.unlink()
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"must hold model.safetensors or .*, found neither"):
+        load_model(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(NotImplementedError, match=r"only safetensors weights are supported .* got pytorch_model.bin"):
+        load_model(folder)
+    twice = write_checkpoint(tmp_path / "b", fields, weights | {"model.norm.weight": torch.ones(24)})
+    with pytest.raises(ValueError, match="tensors must be given once"):
+        load_model(twice)
+    with pytest.raises(ValueError, match="dtype must be auto, float32, bfloat16, float16, got int8"):
+        load_model(write_checkpoint(tmp_path / "c", fields, weights), dtype="int8")
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = torch._C._dispatch_has_kernel_for_dispatch_key("nld::rope_append_", "CUDA")
+    usable = kernels and torch.cuda.is_available()
+    assert resolve_device("auto").type == ("cuda" if usable else "cpu")
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device must be auto, cpu or cuda, got 'gpu'"):
+        resolve_device("gpu")
+    with pytest.raises(NotImplementedError, match="device must be auto, cpu or cuda, got meta"):
+        resolve_device("meta")
+    if not usable:
+        with pytest.raises((ValueError, NotImplementedError), match="load: device must be cpu, .* got cuda"):
+            resolve_device("cuda")
+
+
+# ---- config.json ---------------------------------------------------------------------------------
+
+
+def test_config_of_the_published_form() -> None:
+    """Sizes, ids and rope of the 3B file; unused fields are no error."""
+    fields = config_fields(
+        hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=128, vocab_size=131072, mask_token_id=100, eos_token_id=11, block_size=32, dlm_loss_weight=None,
+        ar_loss_weight=1.0, use_cache=False, attn_implementation="sdpa", torch_dtype="bfloat16",
+    )  # fmt: skip
+    config = ModelConfig.from_dict(fields)
+    assert (config.q_size, config.kv_size, config.hidden_size) == (4096, 1024, 3072)
+    assert (config.mask_token_id, config.eos_token_ids, config.block_size) == (100, (11,), 32)
+    assert config.dtype == torch.bfloat16 and not config.tie_word_embeddings
+    assert (config.rope.kind, config.rope.factor, config.rope.query_scale_beta) == ("yarn", 16.0, 0.1)
+
+
+def test_config_spellings() -> None:
+    """rope_scaling for rope_parameters, type for rope_type, a hoisted rope_theta, dtype, lists of EOS ids."""
+    old = {name: value for name, value in YARN.items() if name not in ("rope_theta", "rope_type")} | {"type": "yarn"}
+    fields = config_fields(
+        rope_parameters=None, rope_scaling=old, rope_theta=1e6, torch_dtype=None, dtype="float16", eos_token_id=[2, 5, 2]
+    )
+    config = ModelConfig.from_dict(fields)
+    assert config.rope == ModelConfig.from_dict(config_fields()).rope
+    assert config.dtype == torch.float16 and config.eos_token_ids == (2, 5)
+    both = config_fields(rope_scaling=YARN | {"type": "yarn"}, rope_theta=1e6)
+    assert ModelConfig.from_dict(both).rope == config.rope
+    assert ModelConfig.from_dict(config_fields(eos_token_id=None)).eos_token_ids == ()
+    assert ModelConfig.from_dict(config_fields(rope_parameters=None)).rope.kind == "default"
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"head_dim": None}, "head_dim must be given, it is missing"),
+        ({"hidden_size": 0}, "hidden_size must be an integer >= 1, got 0"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers must be an integer >= 1, got 2.0"),
+        ({"vocab_size": True}, "vocab_size must be an integer >= 1, got True"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads must divide num_attention_heads 4, got 3"),
+        ({"mask_token_id": -1}, r"mask_token_id must be a token id in \[0, 61\), got -1"),
+        ({"mask_token_id": 61}, r"mask_token_id must be a token id in \[0, 61\), got 61"),
+        ({"mask_token_id": None}, "mask_token_id must be given"),
+        ({"eos_token_id": [2, 61]}, r"eos_token_id must hold token ids in \[0, 61\), got \[2, 61\]"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be > 0, got 0"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
+        ({"torch_dtype": "int8"}, "torch_dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ({"rope_parameters": YARN | {"factor": 0}}, "rope_parameters.factor must be > 0, got 0"),
+        ({"rope_parameters": YARN | {"factor": None}}, "rope_parameters.factor must be given"),
+        ({"rope_theta": 5.0}, "rope_theta must agree with rope_parameters"),
+        ({"rope_scaling": {"factor": 2.0}}, r"rope_scaling.factor must agree with rope_parameters \(16.0\), got 2.0"),
+        ({"rope_parameters": 3}, "rope_parameters must be an object, got 3"),
+        ({"head_dim": 15}, r"partial_rotary_factor must give an even number .* in \[2, 15\] of head_dim 15, got 1.0"),
+    ],
+)
+def test_config_errors(changes: dict, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_fields(**changes)))
+    with pytest.raises(ValueError, match=message) as error:
+        ModelConfig.from_file(tmp_path)
+    assert str(error.value).startswith(str(tmp_path / "config.json") + ": ")
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"model_type": "llama"}, 'model_type "llama" is not supported, only "nemotron_labs_diffusion"'),
+        ({"model_type": "nemotron_labs_diffusion_vlm"}, "is not supported"),
+        ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported, only "silu"'),
+        ({"attention_bias": True}, "attention_bias true is not supported, only false"),
+        ({"sliding_window": 4096}, "sliding_window 4096 is not supported, only absent"),
+        ({"dlm_paradigm": "block_diff"}, 'only "bidirectional"'),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .* only absent"),
+        ({"rope_parameters": YARN | {"rope_type": "longrope"}}, '"longrope" is not supported, only "default" or "linear" or "yarn"'),
+    ],
+)  # fmt: skip
+def test_config_of_unsupported_models(changes: dict, message: str) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        ModelConfig.from_dict(config_fields(**changes))
+
+
+def test_config_files_that_are_no_config(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        ModelConfig.from_file(tmp_path)
+    for text, message in (("{", "must be a JSON file"), ("[1]", "must hold a JSON object, got list")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            ModelConfig.from_file(tmp_path / "config.json")
+
+
+# ---- adapter -------------------------------------------------------------------------------------
+
+
+def test_adapter(tmp_path: Path) -> None:
+    fields = config_fields()
+    lora = random_lora(fields, rank=6)
+    folder = write_checkpoint(tmp_path / "m", fields, random_weights(fields), lora=lora)
+    model = load_model(folder, dtype=torch.bfloat16)
+    assert model.has_lora
+    for i, layer in enumerate(model.layers):
+        assert layer.lora is not None and layer.lora.scale == 4.0
+        at = f"base_model.model.encoder.layers.{i}.self_attn.o_proj"
+        assert_equal(layer.lora.a, lora[f"{at}.lora_A.weight"].bfloat16(), "a")
+        assert_equal(layer.lora.b, lora[f"{at}.lora_B.weight"].bfloat16(), "b")
+    assert not load_model(folder, lora=None).has_lora
+    moved = (folder / "linear_spec_lora").rename(tmp_path / "elsewhere")
+    assert not load_model(folder).has_lora
+    assert load_model(folder, lora=moved).has_lora
+    with pytest.raises(FileNotFoundError, match="lora must be auto, None or an adapter folder"):
+        load_model(folder, lora=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "changes,kind,message",
+    [
+        ({"peft_type": "LOHA"}, NotImplementedError, 'peft_type "LOHA" is not supported, only "LORA"'),
+        ({"target_modules": ["q_proj", "o_proj"]}, NotImplementedError, "target_modules .* is not supported"),
+        ({"use_dora": True}, NotImplementedError, "use_dora true is not supported, only absent or false"),
+        ({"r": 0}, ValueError, "r must be an integer >= 1, got 0"),
+        ({"lora_alpha": None}, ValueError, "lora_alpha must be a number, got None"),
+        ({"r": 7}, ValueError, r"misshapen \(6\): .*lora_A.weight \[6, 64\], expected \[7, 64\]"),
+    ],
+)
+def test_adapter_errors(changes: dict, kind: type, message: str, tmp_path: Path) -> None:
+    fields = config_fields()
+    folder = write_checkpoint(
+        tmp_path, fields, random_weights(fields), lora=random_lora(fields, rank=6), lora_config=changes
+    )
+    with pytest.raises(kind, match=message):
+        load_model(folder)
+
+
+def test_adapter_tensors_and_rslora(tmp_path: Path) -> None:
+    fields = config_fields()
+    lora = random_lora(fields, rank=4)
+    folder = write_checkpoint(
+        tmp_path, fields, random_weights(fields), lora=lora, lora_config={"use_rslora": True, "lora_alpha": 3}
+    )
+    model = load_model(folder)
+    assert model.layers[0].lora is not None and model.layers[0].lora.scale == 1.5
+    file = folder / "linear_spec_lora/adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("base_model.model.encoder.layers.2.self_attn.o_proj.lora_B.weight")
+    tensors["base_model.model.encoder.layers.0.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 24)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"unknown \(1\): .*q_proj.lora_A.weight; missing \(1\): .*2.*lora_B.weight"):
+        load_model(folder)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="must hold adapter_model.safetensors"):
+        load_model(folder)
+
+
+# ---- KVCache -------------------------------------------------------------------------------------
+
+
+def make_cache(num_pages: int, page_size: int) -> KVCache:
+    return KVCache(ModelConfig.from_dict(config_fields()), num_pages, page_size, "cpu", torch.bfloat16)
+
+
+def test_cache_hands_out_pages() -> None:
+    cache = make_cache(10, 4)
+    assert cache.k.shape == cache.v.shape == (3, 10, 4, 2, 16) and cache.k.dtype == torch.bfloat16
+    assert cache.num_bytes == 2 * 3 * 10 * 4 * 2 * 16 * 2
+    assert cache.k_layers[1].data_ptr() == cache.k[1].data_ptr() and len(cache.v_layers) == 3
+    first = cache.allocate(2, [5, 12])
+    assert_equal(first, torch.tensor([[0, 1, -1], [2, 3, 4]], dtype=torch.int32), "page table")
+    second = cache.allocate(1, 17, generator=torch.Generator().manual_seed(0))
+    assert sorted(second.flatten().tolist()) == [5, 6, 7, 8, 9] and cache.num_free_pages == 0
+    with pytest.raises(RuntimeError, match="need 1 pages of 4 tokens, got 0 of 10"):
+        cache.allocate(1, 1)
+    cache.free(first)
+    assert cache.num_free_pages == 5
+    with pytest.raises(ValueError, match="page_table must hold pages in use"):
+        cache.free(first)
+    with pytest.raises(ValueError, match="page_table must hold pages in use"):
+        cache.free(torch.tensor([5, 5]))
+    assert cache.num_free_pages == 5
+    assert cache.allocate(0, 3).shape == (0, 0)
+    assert cache.allocate(2, 0).shape == (2, 0)
+    with pytest.raises(ValueError, match="one for each of 2 requests"):
+        cache.allocate(2, [1])
+    with pytest.raises(ValueError, match="num_pages"):
+        make_cache(2**20, 2**11)
+    with pytest.raises(ValueError, match="page_size >= 1"):
+        make_cache(2, 0)
+
+
+def test_slots() -> None:
+    cache = make_cache(8, 3)
+    table = torch.tensor([[7, 2, -1], [4, 0, 5]], dtype=torch.int32)
+    request = torch.tensor([0, 0, 0, 1, 1, 1, 0, 1, 1])
+    positions = torch.tensor([0, 2, 5, 3, 8, 7, 6, 9, -1], dtype=torch.int32)
+    expected = torch.tensor([21, 23, 8, 0, 17, 16, -1, -1, -1], dtype=torch.int32)
+    assert_equal(cache.slots(table, request, positions), expected, "slots")
+    assert_equal(cache.slots(table, request.int(), positions), expected, "slots, int32 requests")

@@ -1,0 +1,269 @@
+"""NLDModel.forward against a plain dense model: shapes, rope, mask modes, caches, adapter, precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compare import assert_accurate, assert_equal
+from tiny_model import YARN, config_fields, plain_logits, random_lora, random_weights, write_checkpoint
+from torch import Tensor
+
+from nld_cuda.decode.kv_cache import KVCache
+from nld_cuda.model import ModelConfig, NLDModel, load_model
+from nld_cuda.model.rope import rope_frequencies
+
+FULL, CAUSAL, BLOCK_CAUSAL, QUADRATIC = range(4)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    page_size: int = 5
+
+
+CASES = [
+    Case("yarn16"),
+    Case("yarn0.25", {"rope_parameters": YARN | {"factor": 0.25}}),
+    Case("default_rope", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    Case("linear_rope", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
+    Case("partial_rope", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.5}}),
+    # positions go far past the original context, so yarn mixes everywhere and the query scale takes many values
+    Case("query_scale", {"rope_parameters": YARN | {"original_max_position_embeddings": 7, "rope_theta": 100.0}}),
+    Case("gqa1", {"num_key_value_heads": 4}, page_size=1),
+    Case("gqa4", {"num_key_value_heads": 1}, page_size=64),
+    Case("gqa8", {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8, "hidden_size": 40}),
+    Case("tied", {"tie_word_embeddings": True}),
+    Case("one_layer_odd_sizes", {"num_hidden_layers": 1, "hidden_size": 33, "intermediate_size": 17, "vocab_size": 113}),
+]
+
+
+def make(tmp_path: Path, case: Case, dtype: torch.dtype = torch.float32, **kw: Any) -> tuple[NLDModel, dict, dict]:
+    fields = config_fields(**case.changes)
+    weights = random_weights(fields, dtype)
+    folder = write_checkpoint(tmp_path / case.name, fields, weights, **kw)
+    return load_model(folder, "cpu", dtype), fields, weights
+
+
+class Session:
+    """Requests in one poisoned cache with shuffled pages; `run` appends ragged rows to them."""
+
+    def __init__(self, model: NLDModel, batch: int, capacity: int, page_size: int) -> None:
+        self.model = model
+        pages = KVCache.pages_for(capacity, page_size)
+        self.cache = KVCache(model.config, batch * pages + 3, page_size, model.device, model.dtype)
+        self.cache.k.fill_(torch.nan)
+        self.cache.v.fill_(torch.nan)
+        self.table = self.cache.allocate(batch, capacity, generator=torch.Generator().manual_seed(5))
+        self.table = torch.cat((self.table, torch.full_like(self.table[:, :2], 2**30)), dim=1)
+        self.lens = [0] * batch
+
+    def run(self, rows: list[Tensor], modes: list[int], keep: bool = True, **kw: Any) -> list[Tensor]:
+        counts = [r.numel() for r in rows]
+        request = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts))
+        places = [torch.arange(n, n + c, dtype=torch.int32) for n, c in zip(self.lens, counts, strict=True)]
+        positions = torch.cat(places)
+        lens = [n + c for n, c in zip(self.lens, counts, strict=True)]
+        logits = self.model.forward(
+            torch.cat(rows),
+            positions,
+            self.cache.slots(self.table, request, positions),
+            self.cache,
+            self.table,
+            torch.tensor(lens, dtype=torch.int32),
+            torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32),
+            torch.tensor(modes, dtype=torch.int32),
+            **kw,
+        )
+        if keep:
+            self.lens = lens
+        return list(logits.split(counts))
+
+
+def causal(n: int) -> Tensor:
+    return torch.ones(n, n, dtype=torch.bool).tril()
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    assert actual.shape == exact.shape
+    assert not actual.isnan().any()
+    return float((actual.double() - exact).abs().max() / exact.abs().max())
+
+
+def random_tokens(fields: dict, *counts: int) -> list[Tensor]:
+    return [torch.randint(0, fields["vocab_size"], (n,)) for n in counts]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_causal_parity(case: Case, tmp_path: Path) -> None:
+    """Ragged prefill, then ragged continuation: both equal one dense pass over each whole sequence."""
+    model, fields, weights = make(tmp_path, case)
+    prompts = random_tokens(fields, 1, 33, 7)
+    more = random_tokens(fields, 16, 5, 1)
+    session = Session(model, 3, 64, case.page_size)
+    first = session.run(prompts, [CAUSAL] * 3)
+    second = session.run(more, [CAUSAL] * 3)
+    for b in range(3):
+        tokens = torch.cat((prompts[b], more[b]))
+        exact = plain_logits(fields, weights, tokens, causal(tokens.numel()))
+        assert relative_error(torch.cat((first[b], second[b])), exact) <= 1e-5
+
+
+def test_mixed_mask_modes(tmp_path: Path) -> None:
+    """One batch in which every request has its own mask mode and its own number of rows."""
+    model, fields, weights = make(tmp_path, CASES[0])
+    prompts, blocks = random_tokens(fields, 9, 4, 0, 13), random_tokens(fields, 6, 3, 10, 6)
+    session = Session(model, 4, 40, 3)
+    session.run(prompts, [CAUSAL] * 4)
+    block_len = torch.tensor([1, 1, 4, 2], dtype=torch.int32)
+    phase = torch.tensor([0, 0, 1, 0], dtype=torch.int32)
+    modes = [FULL, CAUSAL, BLOCK_CAUSAL, QUADRATIC]
+    logits = session.run(blocks, modes, keep=False, block_len=block_len, block_phase=phase)
+    for b, mode in enumerate(modes):
+        tokens, p, n = torch.cat((prompts[b], blocks[b])), prompts[b].numel(), blocks[b].numel()
+        visible = causal(p + n)
+        if mode == FULL:
+            visible[p:] = True
+        elif mode == BLOCK_CAUSAL:
+            group = (torch.arange(n) + 1) // 4
+            visible = group[None, :] <= group[:, None]
+        elif mode == QUADRATIC:  # groups of one head and two masks
+            for i in range(n):
+                for c in range(n):
+                    head = c % 3 == 0
+                    visible[p + i, p + c] = (head and c <= i) or (i % 3 != 0 and c // 3 == i // 3)
+        exact = plain_logits(fields, weights, tokens, visible)[p:]
+        assert relative_error(logits[b], exact) <= 1e-5, modes[b]
+    # the draft entries lie past the kept length: overwriting them must give what was never drafted
+    again = session.run(blocks, [CAUSAL] * 4)
+    for b in range(4):
+        tokens = torch.cat((prompts[b], blocks[b]))
+        exact = plain_logits(fields, weights, tokens, causal(tokens.numel()))[prompts[b].numel() :]
+        assert relative_error(again[b], exact) <= 1e-5
+
+
+@pytest.mark.parametrize("case", CASES[:6], ids=lambda c: c.name)
+def test_bfloat16_is_as_accurate_as_plain(case: Case, tmp_path: Path) -> None:
+    model, fields, weights = make(tmp_path, case, torch.bfloat16)
+    (tokens,) = random_tokens(fields, 40)
+    exact = plain_logits(fields, weights, tokens, causal(40))
+    plain = plain_logits(fields, weights, tokens, causal(40), dtype=torch.bfloat16)
+    (actual,) = Session(model, 1, 40, case.page_size).run([tokens], [CAUSAL])
+    assert actual.dtype == torch.bfloat16
+    assert_accurate(actual, exact, plain, "bfloat16 logits")
+
+
+def test_logits_rows_and_done_requests(tmp_path: Path) -> None:
+    """Chosen rows equal the same rows of all; a request with slot -1 and seq_len 0 disturbs nobody."""
+    model, fields, _ = make(tmp_path, CASES[0])
+    rows = random_tokens(fields, 4, 6)
+    everything = torch.cat(Session(model, 2, 8, 4).run(rows, [CAUSAL] * 2))
+    chosen = torch.tensor([9, 3, 3])
+    session = Session(model, 2, 8, 4)
+    session_rows = session.model.forward(
+        torch.cat(rows),
+        torch.tensor([*range(4), *range(6)], dtype=torch.int32),
+        torch.cat((torch.full((4,), -1, dtype=torch.int32), session.cache.slots(
+            session.table, torch.ones(6, dtype=torch.int64), torch.arange(6, dtype=torch.int32)
+        ))),
+        session.cache,
+        session.table,
+        torch.tensor([0, 6], dtype=torch.int32),
+        torch.tensor([0, 4, 10], dtype=torch.int32),
+        torch.tensor([CAUSAL, CAUSAL], dtype=torch.int32),
+        logits_rows=chosen,
+    )  # fmt: skip
+    assert session_rows.shape == (3, fields["vocab_size"])
+    torch.testing.assert_close(session_rows[0], everything[9], rtol=1e-5, atol=1e-5)
+    assert not session_rows.isnan().any()
+    written = ~session.cache.k.isnan().flatten(3).any(-1).flatten(1)
+    assert_equal(written.sum(1), torch.full((3,), 6), "slots written per layer")
+
+
+def test_empty_call(tmp_path: Path) -> None:
+    model, fields, _ = make(tmp_path, CASES[0])
+    (logits,) = Session(model, 1, 8, 4).run([torch.empty(0, dtype=torch.int64)], [CAUSAL])
+    assert logits.shape == (0, fields["vocab_size"])
+
+
+def test_lora_equals_merged_weights(tmp_path: Path) -> None:
+    fields = config_fields()
+    weights, lora = random_weights(fields), random_lora(fields, rank=5)
+    scale = 3 / 5
+    folder = write_checkpoint(tmp_path / "base", fields, weights, lora=lora, lora_config={"lora_alpha": 3})
+    model = load_model(folder, "cpu")
+    bare = load_model(folder, "cpu", lora=None)
+    assert model.has_lora and not bare.has_lora
+    merged = dict(weights)
+    for i in range(fields["num_hidden_layers"]):
+        at = f"encoder.layers.{i}.self_attn.o_proj"
+        a, b = (lora[f"base_model.model.{at}.lora_{part}.weight"] for part in "AB")
+        merged[f"{at}.weight"] = weights[f"{at}.weight"] + scale * b @ a
+    (tokens,) = random_tokens(fields, 19)
+    visible = torch.ones(19, 19, dtype=torch.bool)
+    (on,) = Session(model, 1, 20, 4).run([tokens], [FULL], use_lora=True)
+    (off,) = Session(model, 1, 20, 4).run([tokens], [FULL])
+    (without,) = Session(bare, 1, 20, 4).run([tokens], [FULL])
+    assert relative_error(on, plain_logits(fields, merged, tokens, visible)) <= 1e-5
+    assert relative_error(off, plain_logits(fields, weights, tokens, visible)) <= 1e-5
+    assert_equal(off, without, "logits with the adapter off")
+    assert relative_error(on, off.double()) > 0.05, "the adapter must matter in this test"
+    with pytest.raises(ValueError, match="use_lora must be False, this model has no adapter"):
+        Session(bare, 1, 20, 4).run([tokens], [FULL], use_lora=True)
+
+
+def test_golden_frequencies() -> None:
+    """Published constants (theta 1e6, head_dim 128, original context 16384)."""
+    golden = {
+        16.0: {0: 1.0, 1: 0.805842, 20: 0.01333521, 21: 0.01015346, 28: 0.00132518, 36: 4.961135e-5, 37: 2.123880e-5,
+               63: 7.755861e-8},
+        0.25: {0: 1.0, 20: 0.01333521, 21: 0.01264245, 28: 0.00571920, 37: 0.00135928, 63: 4.963751e-6},
+    }  # fmt: skip
+    for factor, values in golden.items():
+        fields = config_fields(head_dim=128, rope_parameters=YARN | {"factor": factor})
+        inv_freq, attention_scaling = rope_frequencies(ModelConfig.from_dict(fields).rope)
+        assert attention_scaling == 1.0
+        assert inv_freq.shape == (64,) and inv_freq.dtype == torch.float32
+        for i, value in values.items():
+            assert inv_freq[i].item() == pytest.approx(value, rel=4e-6), (factor, i)
+        unscaled = 1.0 / 1e6 ** (torch.arange(0, 42, 2).float() / 128)
+        assert_equal(inv_freq[:21], unscaled, "first 21 frequencies")
+
+
+def test_yarn_attention_factor() -> None:
+    """The factor on cos and sin: given, from mscale, or the default; 1 for factors up to 1."""
+
+    def scaling(**changes: Any) -> float:
+        rope = {name: value for name, value in (YARN | changes).items() if value is not None}
+        return rope_frequencies(ModelConfig.from_dict(config_fields(rope_parameters=rope)).rope)[1]
+
+    assert scaling(mscale=None, mscale_all_dim=None) == pytest.approx(1.2772588722)
+    assert scaling(mscale=None, mscale_all_dim=None, factor=0.25) == 1.0
+    assert scaling(mscale=2.0, mscale_all_dim=1.0) == pytest.approx(1.5545177444 / 1.2772588722)
+    assert scaling(attention_factor=0.7) == 0.7
+
+
+def test_parity_with_transformers(tmp_path: Path) -> None:
+    """Against transformers' own Ministral 3, where that package is installed (the project does not need it)."""
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "Ministral3ForCausalLM"):
+        pytest.skip("this transformers has no Ministral3ForCausalLM")
+    rope = YARN | {"original_max_position_embeddings": 16}
+    model, fields, weights = make(tmp_path, Case("hf", {"rope_parameters": rope}))
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+             "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")  # fmt: skip
+    config = transformers.Ministral3Config(**{n: fields[n] for n in names}, rope_parameters=rope, sliding_window=None)
+    theirs = transformers.Ministral3ForCausalLM(config).eval()
+    renamed = {
+        n.replace("encoder.", "model.", 1).replace("diffusion_head", "lm_head"): t for n, t in weights.items()
+    }
+    theirs.load_state_dict(renamed)
+    (tokens,) = random_tokens(fields, 50)
+    with torch.no_grad():
+        expected = theirs(tokens[None]).logits[0]
+    (actual,) = Session(model, 1, 50, 16).run([tokens], [CAUSAL])
+    assert relative_error(actual, expected.double()) <= 1e-5
