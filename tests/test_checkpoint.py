@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from compare import assert_equal
 from safetensors.torch import load_file, save_file
-from tiny_model import YARN, config_fields, random_lora, random_weights, write_checkpoint
 from torch import Tensor
 
+from compare import assert_equal
 from nld_cuda.decode.kv_cache import KVCache
 from nld_cuda.model import ModelConfig, NLDModel, load_model
 from nld_cuda.model.checkpoint import resolve_device
+from tiny_model import YARN, config_fields, random_lora, random_weights, write_checkpoint
 
 
 def assert_holds(model: NLDModel, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -23,7 +23,9 @@ def assert_holds(model: NLDModel, weights: dict[str, Tensor], dtype: torch.dtype
     w = {name: t.to(dtype) for name, t in weights.items()}
     assert_equal(model.embed, w["encoder.embed_tokens.weight"], "embed")
     assert_equal(model.norm, w["encoder.norm.weight"], "norm")
-    assert_equal(model.head, w.get("diffusion_head.weight", w["encoder.embed_tokens.weight"]), "head")
+    assert_equal(
+        model.head, w.get("diffusion_head.weight", w["encoder.embed_tokens.weight"]), "head"
+    )
     for i, layer in enumerate(model.layers):
         at = f"encoder.layers.{i}"
         fused = {
@@ -40,7 +42,9 @@ def assert_holds(model: NLDModel, weights: dict[str, Tensor], dtype: torch.dtype
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("prefix", ["encoder", "model", "language_model.model", "language_model.encoder"])
+@pytest.mark.parametrize(
+    "prefix", ["encoder", "model", "language_model.model", "language_model.encoder"]
+)
 def test_layouts(prefix: str, shards: int, tmp_path: Path) -> None:
     fields = config_fields()
     weights = random_weights(fields)
@@ -55,7 +59,9 @@ def test_layouts(prefix: str, shards: int, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, fields, renamed, shards=shards)
     model = load_model(folder, "cpu", progress=lambda done, total: calls.append((done, total)))
     assert_holds(model, weights, torch.float32)
-    assert model.device == torch.device("cpu") and model.dtype == torch.float32 and not model.has_lora
+    assert (
+        model.device == torch.device("cpu") and model.dtype == torch.float32 and not model.has_lora
+    )
     assert model.num_parameters == sum(t.numel() for t in weights.values())
     assert model.num_bytes == 4 * model.num_parameters
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
@@ -72,7 +78,9 @@ def test_layouts(prefix: str, shards: int, tmp_path: Path) -> None:
         (torch.bfloat16, "bfloat16", torch.float32, torch.float32),
     ],
 )
-def test_dtypes(stored: torch.dtype, named: str | None, asked: Any, expected: torch.dtype, tmp_path: Path) -> None:
+def test_dtypes(
+    stored: torch.dtype, named: str | None, asked: Any, expected: torch.dtype, tmp_path: Path
+) -> None:
     fields = config_fields(torch_dtype=named)
     weights = random_weights(fields, stored)
     model = load_model(write_checkpoint(tmp_path, fields, weights), dtype=asked)
@@ -80,7 +88,9 @@ def test_dtypes(stored: torch.dtype, named: str | None, asked: Any, expected: to
     assert_holds(model, weights, expected)
 
 
-def test_large_tensors_are_copied_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tensors_are_copied_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("nld_cuda.model.tensor_files._CHUNK_ELEMENTS", 100)
     fields = config_fields()
     weights = random_weights(fields)
@@ -96,7 +106,7 @@ def test_tied_head(tmp_path: Path) -> None:
     same = weights | {"diffusion_head.weight": weights["encoder.embed_tokens.weight"].clone()}
     assert load_model(write_checkpoint(tmp_path, fields, same)).head.shape == model.head.shape
     same["diffusion_head.weight"][0, 0] += 1
-    with pytest.raises(ValueError, match="diffusion_head.weight must equal the embedding"):
+    with pytest.raises(ValueError, match=r"diffusion_head.weight must equal the embedding"):
         load_model(write_checkpoint(tmp_path, fields, same))
 
 
@@ -111,7 +121,8 @@ def test_all_wrong_tensors_are_listed(tmp_path: Path) -> None:
         load_model(write_checkpoint(tmp_path, fields, weights, shards=2))
     message = str(error.value)
     for part in (
-        "tensors of model-00001-of-00002.safetensors, model-00002-of-00002.safetensors must match config.json",
+        "tensors of model-00001-of-00002.safetensors, model-00002-of-00002.safetensors",
+        " must match config.json; ",
         "unknown (1): encoder.layers.3.mlp.up_proj.weight",
         "missing (2): encoder.norm.weight, diffusion_head.weight",
         "misshapen (1): encoder.layers.1.self_attn.k_proj.weight [8, 24], expected [32, 24]",
@@ -126,7 +137,9 @@ def test_truncated_file(keep: int, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, fields, random_weights(fields), shards=2)
     file = folder / "model-00002-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors: must be a complete safetensors file"):
+    with pytest.raises(
+        ValueError, match=r"model-00002-of-00002.safetensors: must be a complete safetensors file"
+    ):
         load_model(folder)
 
 
@@ -137,7 +150,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         load_model(tmp_path / "nowhere")
     folder = write_checkpoint(tmp_path / "a", fields, weights, shards=2)
     (folder / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="missing: model-00001-of-00002.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"missing: model-00001-of-00002.safetensors"):
         load_model(folder)
     index = folder / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"x": "../x.safetensors"}}')
@@ -148,15 +161,24 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         load_model(folder)
     index.unlink()
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"must hold model.safetensors or .*, found neither"):
+    with pytest.raises(
+        FileNotFoundError, match=r"must hold model.safetensors or .*, found neither"
+    ):
         load_model(folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(NotImplementedError, match=r"only safetensors weights are supported .* got pytorch_model.bin"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"only safetensors weights are supported .* got pytorch_model.bin",
+    ):
         load_model(folder)
-    twice = write_checkpoint(tmp_path / "b", fields, weights | {"model.norm.weight": torch.ones(24)})
+    twice = write_checkpoint(
+        tmp_path / "b", fields, weights | {"model.norm.weight": torch.ones(24)}
+    )
     with pytest.raises(ValueError, match="tensors must be given once"):
         load_model(twice)
-    with pytest.raises(ValueError, match="dtype must be auto, float32, bfloat16, float16, got int8"):
+    with pytest.raises(
+        ValueError, match="dtype must be auto, float32, bfloat16, float16, got int8"
+    ):
         load_model(write_checkpoint(tmp_path / "c", fields, weights), dtype="int8")
 
 
@@ -170,7 +192,9 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotImplementedError, match="device must be auto, cpu or cuda, got meta"):
         resolve_device("meta")
     if not usable:
-        with pytest.raises((ValueError, NotImplementedError), match="load: device must be cpu, .* got cuda"):
+        with pytest.raises(
+            (ValueError, NotImplementedError), match=r"load: device must be cpu, .* got cuda"
+        ):
             resolve_device("cuda")
 
 
@@ -180,22 +204,45 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_config_of_the_published_form() -> None:
     """Sizes, ids and rope of the 3B file; unused fields are no error."""
     fields = config_fields(
-        hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=32, num_key_value_heads=8,
-        head_dim=128, vocab_size=131072, mask_token_id=100, eos_token_id=11, block_size=32, dlm_loss_weight=None,
-        ar_loss_weight=1.0, use_cache=False, attn_implementation="sdpa", torch_dtype="bfloat16",
-    )  # fmt: skip
+        hidden_size=3072,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=131072,
+        mask_token_id=100,
+        eos_token_id=11,
+        block_size=32,
+        dlm_loss_weight=None,
+        ar_loss_weight=1.0,
+        use_cache=False,
+        attn_implementation="sdpa",
+        torch_dtype="bfloat16",
+    )
     config = ModelConfig.from_dict(fields)
     assert (config.q_size, config.kv_size, config.hidden_size) == (4096, 1024, 3072)
     assert (config.mask_token_id, config.eos_token_ids, config.block_size) == (100, (11,), 32)
     assert config.dtype == torch.bfloat16 and not config.tie_word_embeddings
-    assert (config.rope.kind, config.rope.factor, config.rope.query_scale_beta) == ("yarn", 16.0, 0.1)
+    assert (config.rope.kind, config.rope.factor, config.rope.query_scale_beta) == (
+        "yarn",
+        16.0,
+        0.1,
+    )
 
 
 def test_config_spellings() -> None:
-    """rope_scaling for rope_parameters, type for rope_type, a hoisted rope_theta, dtype, lists of EOS ids."""
-    old = {name: value for name, value in YARN.items() if name not in ("rope_theta", "rope_type")} | {"type": "yarn"}
+    """Both names of the rope group and its type, a hoisted rope_theta, dtype, lists of EOS ids."""
+    old = {
+        name: value for name, value in YARN.items() if name not in ("rope_theta", "rope_type")
+    } | {"type": "yarn"}
     fields = config_fields(
-        rope_parameters=None, rope_scaling=old, rope_theta=1e6, torch_dtype=None, dtype="float16", eos_token_id=[2, 5, 2]
+        rope_parameters=None,
+        rope_scaling=old,
+        rope_theta=1e6,
+        torch_dtype=None,
+        dtype="float16",
+        eos_token_id=[2, 5, 2],
     )
     config = ModelConfig.from_dict(fields)
     assert config.rope == ModelConfig.from_dict(config_fields()).rope
@@ -213,20 +260,35 @@ def test_config_spellings() -> None:
         ({"hidden_size": 0}, "hidden_size must be an integer >= 1, got 0"),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers must be an integer >= 1, got 2.0"),
         ({"vocab_size": True}, "vocab_size must be an integer >= 1, got True"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads must divide num_attention_heads 4, got 3"),
+        (
+            {"num_key_value_heads": 3},
+            "num_key_value_heads must divide num_attention_heads 4, got 3",
+        ),
         ({"mask_token_id": -1}, r"mask_token_id must be a token id in \[0, 61\), got -1"),
         ({"mask_token_id": 61}, r"mask_token_id must be a token id in \[0, 61\), got 61"),
         ({"mask_token_id": None}, "mask_token_id must be given"),
-        ({"eos_token_id": [2, 61]}, r"eos_token_id must hold token ids in \[0, 61\), got \[2, 61\]"),
+        (
+            {"eos_token_id": [2, 61]},
+            r"eos_token_id must hold token ids in \[0, 61\), got \[2, 61\]",
+        ),
         ({"rms_norm_eps": 0}, "rms_norm_eps must be > 0, got 0"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
-        ({"torch_dtype": "int8"}, "torch_dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        (
+            {"torch_dtype": "int8"},
+            "torch_dtype must be one of float32, bfloat16, float16, got 'int8'",
+        ),
         ({"rope_parameters": YARN | {"factor": 0}}, "rope_parameters.factor must be > 0, got 0"),
         ({"rope_parameters": YARN | {"factor": None}}, "rope_parameters.factor must be given"),
         ({"rope_theta": 5.0}, "rope_theta must agree with rope_parameters"),
-        ({"rope_scaling": {"factor": 2.0}}, r"rope_scaling.factor must agree with rope_parameters \(16.0\), got 2.0"),
+        (
+            {"rope_scaling": {"factor": 2.0}},
+            r"rope_scaling.factor must agree with rope_parameters \(16.0\), got 2.0",
+        ),
         ({"rope_parameters": 3}, "rope_parameters must be an object, got 3"),
-        ({"head_dim": 15}, r"partial_rotary_factor must give an even number .* in \[2, 15\] of head_dim 15, got 1.0"),
+        (
+            {"head_dim": 15},
+            r"partial_rotary_factor must give an even number .* of head_dim 15, got 1.0",
+        ),
     ],
 )
 def test_config_errors(changes: dict, message: str, tmp_path: Path) -> None:
@@ -239,16 +301,22 @@ def test_config_errors(changes: dict, message: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"model_type": "llama"}, 'model_type "llama" is not supported, only "nemotron_labs_diffusion"'),
+        (
+            {"model_type": "llama"},
+            'model_type "llama" is not supported, only "nemotron_labs_diffusion"',
+        ),
         ({"model_type": "nemotron_labs_diffusion_vlm"}, "is not supported"),
         ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported, only "silu"'),
         ({"attention_bias": True}, "attention_bias true is not supported, only false"),
         ({"sliding_window": 4096}, "sliding_window 4096 is not supported, only absent"),
         ({"dlm_paradigm": "block_diff"}, 'only "bidirectional"'),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .* only absent"),
-        ({"rope_parameters": YARN | {"rope_type": "longrope"}}, '"longrope" is not supported, only "default" or "linear" or "yarn"'),
+        (
+            {"rope_parameters": YARN | {"rope_type": "longrope"}},
+            '"longrope" is not supported, only "default" or "linear" or "yarn"',
+        ),
     ],
-)  # fmt: skip
+)
 def test_config_of_unsupported_models(changes: dict, message: str) -> None:
     with pytest.raises(NotImplementedError, match=message):
         ModelConfig.from_dict(config_fields(**changes))
@@ -257,7 +325,10 @@ def test_config_of_unsupported_models(changes: dict, message: str) -> None:
 def test_config_files_that_are_no_config(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         ModelConfig.from_file(tmp_path)
-    for text, message in (("{", "must be a JSON file"), ("[1]", "must hold a JSON object, got list")):
+    for text, message in (
+        ("{", "must be a JSON file"),
+        ("[1]", "must hold a JSON object, got list"),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             ModelConfig.from_file(tmp_path / "config.json")
@@ -288,9 +359,21 @@ def test_adapter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes,kind,message",
     [
-        ({"peft_type": "LOHA"}, NotImplementedError, 'peft_type "LOHA" is not supported, only "LORA"'),
-        ({"target_modules": ["q_proj", "o_proj"]}, NotImplementedError, "target_modules .* is not supported"),
-        ({"use_dora": True}, NotImplementedError, "use_dora true is not supported, only absent or false"),
+        (
+            {"peft_type": "LOHA"},
+            NotImplementedError,
+            'peft_type "LOHA" is not supported, only "LORA"',
+        ),
+        (
+            {"target_modules": ["q_proj", "o_proj"]},
+            NotImplementedError,
+            "target_modules .* is not supported",
+        ),
+        (
+            {"use_dora": True},
+            NotImplementedError,
+            "use_dora true is not supported, only absent or false",
+        ),
         ({"r": 0}, ValueError, "r must be an integer >= 1, got 0"),
         ({"lora_alpha": None}, ValueError, "lora_alpha must be a number, got None"),
         ({"r": 7}, ValueError, r"misshapen \(6\): .*lora_A.weight \[6, 64\], expected \[7, 64\]"),
@@ -299,7 +382,11 @@ def test_adapter(tmp_path: Path) -> None:
 def test_adapter_errors(changes: dict, kind: type, message: str, tmp_path: Path) -> None:
     fields = config_fields()
     folder = write_checkpoint(
-        tmp_path, fields, random_weights(fields), lora=random_lora(fields, rank=6), lora_config=changes
+        tmp_path,
+        fields,
+        random_weights(fields),
+        lora=random_lora(fields, rank=6),
+        lora_config=changes,
     )
     with pytest.raises(kind, match=message):
         load_model(folder)
@@ -309,7 +396,11 @@ def test_adapter_tensors_and_rslora(tmp_path: Path) -> None:
     fields = config_fields()
     lora = random_lora(fields, rank=4)
     folder = write_checkpoint(
-        tmp_path, fields, random_weights(fields), lora=lora, lora_config={"use_rslora": True, "lora_alpha": 3}
+        tmp_path,
+        fields,
+        random_weights(fields),
+        lora=lora,
+        lora_config={"use_rslora": True, "lora_alpha": 3},
     )
     model = load_model(folder)
     assert model.layers[0].lora is not None and model.layers[0].lora.scale == 1.5
@@ -318,10 +409,13 @@ def test_adapter_tensors_and_rslora(tmp_path: Path) -> None:
     tensors.pop("base_model.model.encoder.layers.2.self_attn.o_proj.lora_B.weight")
     tensors["base_model.model.encoder.layers.0.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 24)
     save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"unknown \(1\): .*q_proj.lora_A.weight; missing \(1\): .*2.*lora_B.weight"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown \(1\): .*q_proj.lora_A.weight; missing \(1\): .*2.*lora_B.weight",
+    ):
         load_model(folder)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match="must hold adapter_model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"must hold adapter_model.safetensors"):
         load_model(folder)
 
 
@@ -329,7 +423,9 @@ def test_adapter_tensors_and_rslora(tmp_path: Path) -> None:
 
 
 def make_cache(num_pages: int, page_size: int) -> KVCache:
-    return KVCache(ModelConfig.from_dict(config_fields()), num_pages, page_size, "cpu", torch.bfloat16)
+    return KVCache(
+        ModelConfig.from_dict(config_fields()), num_pages, page_size, "cpu", torch.bfloat16
+    )
 
 
 def test_cache_hands_out_pages() -> None:

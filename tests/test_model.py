@@ -1,22 +1,40 @@
-"""NLDModel.forward against a plain dense model: shapes, rope, mask modes, caches, adapter, precision."""
+"""NLDModel.forward against a plain dense model: shapes, rope, mask modes, adapter, precision."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from compare import assert_accurate, assert_equal
-from tiny_model import YARN, config_fields, plain_logits, random_lora, random_weights, write_checkpoint
 from torch import Tensor
 
+from compare import assert_accurate, assert_equal
 from nld_cuda.decode.kv_cache import KVCache
 from nld_cuda.model import ModelConfig, NLDModel, load_model
 from nld_cuda.model.rope import rope_frequencies
+from nld_cuda.ops import MaskMode
+from tiny_model import (
+    YARN,
+    config_fields,
+    plain_logits,
+    random_lora,
+    random_weights,
+    write_checkpoint,
+)
 
-FULL, CAUSAL, BLOCK_CAUSAL, QUADRATIC = range(4)
+FULL, CAUSAL, BLOCK_CAUSAL, QUADRATIC = MaskMode
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from threads, and waiting for a busy one takes milliseconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -30,19 +48,42 @@ CASES = [
     Case("yarn16"),
     Case("yarn0.25", {"rope_parameters": YARN | {"factor": 0.25}}),
     Case("default_rope", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
-    Case("linear_rope", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
-    Case("partial_rope", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.5}}),
-    # positions go far past the original context, so yarn mixes everywhere and the query scale takes many values
-    Case("query_scale", {"rope_parameters": YARN | {"original_max_position_embeddings": 7, "rope_theta": 100.0}}),
+    Case(
+        "linear_rope",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+    ),
+    Case(
+        "partial_rope",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 50.0,
+                "partial_rotary_factor": 0.5,
+            }
+        },
+    ),
+    # far past the original context: yarn mixes everywhere, the query scale takes many values
+    Case(
+        "query_scale",
+        {"rope_parameters": YARN | {"original_max_position_embeddings": 7, "rope_theta": 100.0}},
+    ),
     Case("gqa1", {"num_key_value_heads": 4}, page_size=1),
     Case("gqa4", {"num_key_value_heads": 1}, page_size=64),
-    Case("gqa8", {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8, "hidden_size": 40}),
+    Case(
+        "gqa8",
+        {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8, "hidden_size": 40},
+    ),
     Case("tied", {"tie_word_embeddings": True}),
-    Case("one_layer_odd_sizes", {"num_hidden_layers": 1, "hidden_size": 33, "intermediate_size": 17, "vocab_size": 113}),
+    Case(
+        "one_layer_odd_sizes",
+        {"num_hidden_layers": 1, "hidden_size": 33, "intermediate_size": 17, "vocab_size": 113},
+    ),
 ]
 
 
-def make(tmp_path: Path, case: Case, dtype: torch.dtype = torch.float32, **kw: Any) -> tuple[NLDModel, dict, dict]:
+def make(
+    tmp_path: Path, case: Case, dtype: torch.dtype = torch.float32, **kw: Any
+) -> tuple[NLDModel, dict, dict]:
     fields = config_fields(**case.changes)
     weights = random_weights(fields, dtype)
     folder = write_checkpoint(tmp_path / case.name, fields, weights, **kw)
@@ -58,14 +99,21 @@ class Session:
         self.cache = KVCache(model.config, batch * pages + 3, page_size, model.device, model.dtype)
         self.cache.k.fill_(torch.nan)
         self.cache.v.fill_(torch.nan)
-        self.table = self.cache.allocate(batch, capacity, generator=torch.Generator().manual_seed(5))
+        self.table = self.cache.allocate(
+            batch, capacity, generator=torch.Generator().manual_seed(5)
+        )
         self.table = torch.cat((self.table, torch.full_like(self.table[:, :2], 2**30)), dim=1)
         self.lens = [0] * batch
 
-    def run(self, rows: list[Tensor], modes: list[int], keep: bool = True, **kw: Any) -> list[Tensor]:
+    def run(
+        self, rows: list[Tensor], modes: list[int], keep: bool = True, **kw: Any
+    ) -> list[Tensor]:
         counts = [r.numel() for r in rows]
         request = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts))
-        places = [torch.arange(n, n + c, dtype=torch.int32) for n, c in zip(self.lens, counts, strict=True)]
+        places = [
+            torch.arange(n, n + c, dtype=torch.int32)
+            for n, c in zip(self.lens, counts, strict=True)
+        ]
         positions = torch.cat(places)
         lens = [n + c for n, c in zip(self.lens, counts, strict=True)]
         logits = self.model.forward(
@@ -100,7 +148,7 @@ def random_tokens(fields: dict, *counts: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_causal_parity(case: Case, tmp_path: Path) -> None:
-    """Ragged prefill, then ragged continuation: both equal one dense pass over each whole sequence."""
+    """Ragged prefill, then ragged continuation: both equal one dense pass over each sequence."""
     model, fields, weights = make(tmp_path, case)
     prompts = random_tokens(fields, 1, 33, 7)
     more = random_tokens(fields, 16, 5, 1)
@@ -158,7 +206,7 @@ def test_bfloat16_is_as_accurate_as_plain(case: Case, tmp_path: Path) -> None:
 
 
 def test_logits_rows_and_done_requests(tmp_path: Path) -> None:
-    """Chosen rows equal the same rows of all; a request with slot -1 and seq_len 0 disturbs nobody."""
+    """Chosen rows equal the same rows of all; a request with slot -1, seq_len 0 disturbs none."""
     model, fields, _ = make(tmp_path, CASES[0])
     rows = random_tokens(fields, 4, 6)
     everything = torch.cat(Session(model, 2, 8, 4).run(rows, [CAUSAL] * 2))
@@ -167,16 +215,23 @@ def test_logits_rows_and_done_requests(tmp_path: Path) -> None:
     session_rows = session.model.forward(
         torch.cat(rows),
         torch.tensor([*range(4), *range(6)], dtype=torch.int32),
-        torch.cat((torch.full((4,), -1, dtype=torch.int32), session.cache.slots(
-            session.table, torch.ones(6, dtype=torch.int64), torch.arange(6, dtype=torch.int32)
-        ))),
+        torch.cat(
+            (
+                torch.full((4,), -1, dtype=torch.int32),
+                session.cache.slots(
+                    session.table,
+                    torch.ones(6, dtype=torch.int64),
+                    torch.arange(6, dtype=torch.int32),
+                ),
+            )
+        ),
         session.cache,
         session.table,
         torch.tensor([0, 6], dtype=torch.int32),
         torch.tensor([0, 4, 10], dtype=torch.int32),
         torch.tensor([CAUSAL, CAUSAL], dtype=torch.int32),
         logits_rows=chosen,
-    )  # fmt: skip
+    )
     assert session_rows.shape == (3, fields["vocab_size"])
     torch.testing.assert_close(session_rows[0], everything[9], rtol=1e-5, atol=1e-5)
     assert not session_rows.isnan().any()
@@ -194,7 +249,9 @@ def test_lora_equals_merged_weights(tmp_path: Path) -> None:
     fields = config_fields()
     weights, lora = random_weights(fields), random_lora(fields, rank=5)
     scale = 3 / 5
-    folder = write_checkpoint(tmp_path / "base", fields, weights, lora=lora, lora_config={"lora_alpha": 3})
+    folder = write_checkpoint(
+        tmp_path / "base", fields, weights, lora=lora, lora_config={"lora_alpha": 3}
+    )
     model = load_model(folder, "cpu")
     bare = load_model(folder, "cpu", lora=None)
     assert model.has_lora and not bare.has_lora
@@ -219,10 +276,25 @@ def test_lora_equals_merged_weights(tmp_path: Path) -> None:
 def test_golden_frequencies() -> None:
     """Published constants (theta 1e6, head_dim 128, original context 16384)."""
     golden = {
-        16.0: {0: 1.0, 1: 0.805842, 20: 0.01333521, 21: 0.01015346, 28: 0.00132518, 36: 4.961135e-5, 37: 2.123880e-5,
-               63: 7.755861e-8},
-        0.25: {0: 1.0, 20: 0.01333521, 21: 0.01264245, 28: 0.00571920, 37: 0.00135928, 63: 4.963751e-6},
-    }  # fmt: skip
+        16.0: {
+            0: 1.0,
+            1: 0.805842,
+            20: 0.01333521,
+            21: 0.01015346,
+            28: 0.00132518,
+            36: 4.961135e-5,
+            37: 2.123880e-5,
+            63: 7.755861e-8,
+        },
+        0.25: {
+            0: 1.0,
+            20: 0.01333521,
+            21: 0.01264245,
+            28: 0.00571920,
+            37: 0.00135928,
+            63: 4.963751e-6,
+        },
+    }
     for factor, values in golden.items():
         fields = config_fields(head_dim=128, rope_parameters=YARN | {"factor": factor})
         inv_freq, attention_scaling = rope_frequencies(ModelConfig.from_dict(fields).rope)
@@ -248,18 +320,31 @@ def test_yarn_attention_factor() -> None:
 
 
 def test_parity_with_transformers(tmp_path: Path) -> None:
-    """Against transformers' own Ministral 3, where that package is installed (the project does not need it)."""
+    """Against transformers' own Ministral 3, where that package happens to be installed."""
     transformers = pytest.importorskip("transformers")
     if not hasattr(transformers, "Ministral3ForCausalLM"):
         pytest.skip("this transformers has no Ministral3ForCausalLM")
     rope = YARN | {"original_max_position_embeddings": 16}
     model, fields, weights = make(tmp_path, Case("hf", {"rope_parameters": rope}))
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
-             "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")  # fmt: skip
-    config = transformers.Ministral3Config(**{n: fields[n] for n in names}, rope_parameters=rope, sliding_window=None)
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "head_dim",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+    )
+    config = transformers.Ministral3Config(
+        **{n: fields[n] for n in names}, rope_parameters=rope, sliding_window=None
+    )
     theirs = transformers.Ministral3ForCausalLM(config).eval()
     renamed = {
-        n.replace("encoder.", "model.", 1).replace("diffusion_head", "lm_head"): t for n, t in weights.items()
+        n.replace("encoder.", "model.", 1).replace("diffusion_head", "lm_head"): t
+        for n, t in weights.items()
     }
     theirs.load_state_dict(renamed)
     (tokens,) = random_tokens(fields, 50)

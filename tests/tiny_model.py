@@ -1,7 +1,7 @@
-"""Random tiny checkpoints in the published layout, and a plain forward pass that shares no code with the package.
+"""Random tiny checkpoints in the published layout, and a plain forward pass with no shared code.
 
-`plain_logits` runs one request densely: a matrix says which token sees which, so that "causal prefix, then a
-bidirectional block" is one pass without any cache.
+`plain_logits` runs one request densely: a matrix says which token sees which, so that "causal
+prefix, then a bidirectional block" is one pass without any cache.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ YARN = {
 
 
 def config_fields(**changes: Any) -> dict[str, Any]:
-    """config.json of a small model with the published fields; `changes` replace some, None removes."""
+    """config.json of a small model; `changes` replace published fields, None removes one."""
     fields: dict[str, Any] = {
         "architectures": ["NemotronLabsDiffusionModel"],
         "model_type": "nemotron_labs_diffusion",
@@ -63,7 +63,10 @@ def random_weights(fields: dict[str, Any], dtype: torch.dtype = torch.float32) -
     hidden, inner, vocab = (fields[n] for n in ("hidden_size", "intermediate_size", "vocab_size"))
     q_size = fields["num_attention_heads"] * fields["head_dim"]
     kv_size = fields["num_key_value_heads"] * fields["head_dim"]
-    matrices = {"encoder.embed_tokens.weight": (vocab, hidden), "diffusion_head.weight": (vocab, hidden)}
+    matrices = {
+        "encoder.embed_tokens.weight": (vocab, hidden),
+        "diffusion_head.weight": (vocab, hidden),
+    }
     norms = ["encoder.norm.weight"]
     for i in range(fields["num_hidden_layers"]):
         at = f"encoder.layers.{i}"
@@ -77,7 +80,9 @@ def random_weights(fields: dict[str, Any], dtype: torch.dtype = torch.float32) -
             f"{at}.mlp.down_proj.weight": (hidden, inner),
         }
         norms += [f"{at}.input_layernorm.weight", f"{at}.post_attention_layernorm.weight"]
-    weights = {name: torch.randn(shape) * 1.5 / math.sqrt(shape[1]) for name, shape in matrices.items()}
+    weights = {
+        name: torch.randn(shape) * 1.5 / math.sqrt(shape[1]) for name, shape in matrices.items()
+    }
     weights |= {name: 1 + 0.3 * torch.randn(hidden) for name in norms}
     if fields["tie_word_embeddings"]:
         del weights["diffusion_head.weight"]
@@ -112,16 +117,26 @@ def write_checkpoint(
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     else:
         names = list(weights)
-        files = {n: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, n in enumerate(names)}
+        files = {
+            n: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, n in enumerate(names)
+        }
         for file in set(files.values()):
             save_file({n: weights[n] for n in names if files[n] == file}, folder / file)
         index = {"metadata": {}, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     if lora is not None:
         rank = next(iter(lora.values())).shape[0]
-        adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": 4 * rank, "target_modules": ["o_proj"], "bias": "none"}
+        adapter = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": 4 * rank,
+            "target_modules": ["o_proj"],
+            "bias": "none",
+        }
         (folder / "linear_spec_lora").mkdir(exist_ok=True)
-        (folder / "linear_spec_lora/adapter_config.json").write_text(json.dumps(adapter | (lora_config or {})))
+        (folder / "linear_spec_lora/adapter_config.json").write_text(
+            json.dumps(adapter | (lora_config or {}))
+        )
         save_file(lora, folder / "linear_spec_lora/adapter_model.safetensors")
     return folder
 
@@ -139,10 +154,11 @@ def plain_inv_freq(rope: dict[str, Any], rotary_dim: int) -> Tensor:
             result.append(one / period / rope["factor"])
             continue
         bounds = [
-            rotary_dim * math.log(rope["original_max_position_embeddings"] / (turns * 2 * math.pi))
+            rotary_dim
+            * math.log(rope["original_max_position_embeddings"] / (turns * 2 * math.pi))
             / (2 * math.log(rope["rope_theta"]))
             for turns in (rope["beta_fast"], rope["beta_slow"])
-        ]  # fmt: skip
+        ]
         low, high = max(math.floor(bounds[0]), 0), min(math.ceil(bounds[1]), rotary_dim - 1)
         ramp = min(max((i - low) / (high - low), 0.0), 1.0)
         result.append(one / (rope["factor"] * period) * ramp + one / period * (1 - ramp))
@@ -156,7 +172,7 @@ def plain_logits(
     visible: Tensor,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Logits of one request, `[tokens, vocab]`; `visible[i, j]`: token i sees token j. All math in `dtype`."""
+    """Logits `[tokens, vocab]` of one request; `visible[i, j]`: i sees j. All math in `dtype`."""
     w = {name: t.to(dtype) for name, t in weights.items()}
     n, dim = tokens.numel(), fields["head_dim"]
     heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
@@ -167,12 +183,17 @@ def plain_logits(
         torch.float64 if dtype == torch.float64 else torch.float32
     )
     turn = torch.polar(torch.ones_like(angle), angle)[:, None]
-    beta, period = rope.get("llama_4_scaling_beta", 0.0), rope.get("original_max_position_embeddings", 1)
+    beta, period = (
+        rope.get("llama_4_scaling_beta", 0.0),
+        rope.get("original_max_position_embeddings", 1),
+    )
     query_scale = 1 + beta * torch.log1p((positions // period).double())
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         wide = x.double() if dtype == torch.float64 else x.float()
-        return weight * (wide / (wide.square().mean(-1, keepdim=True) + fields["rms_norm_eps"]).sqrt()).to(dtype)
+        return weight * (
+            wide / (wide.square().mean(-1, keepdim=True) + fields["rms_norm_eps"]).sqrt()
+        ).to(dtype)
 
     def rotate(x: Tensor) -> Tensor:
         wide = x.to(angle.dtype)
@@ -181,7 +202,9 @@ def plain_logits(
 
     x = w["encoder.embed_tokens.weight"][tokens]
     for i in range(fields["num_hidden_layers"]):
-        layer = {k.removeprefix(f"encoder.layers.{i}."): t for k, t in w.items() if f".layers.{i}." in k}
+        layer = {
+            k.removeprefix(f"encoder.layers.{i}."): t for k, t in w.items() if f".layers.{i}." in k
+        }
         h = norm(x, layer["input_layernorm.weight"])
         q, k, v = (h @ layer[f"self_attn.{p}_proj.weight"].T for p in "qkv")
         q = rotate(q.view(n, heads, dim)) * query_scale.to(dtype)[:, None, None]

@@ -158,6 +158,9 @@ class NLDModel:
         q, k, v = qkv.view(total, heads + 2 * kv_heads, config.head_dim).split(
             (heads, kv_heads, kv_heads), dim=1
         )
+        attended = x.new_empty(total, config.q_size)
+        attended_heads = attended.view(total, heads, config.head_dim)
+        lse = x.new_empty(heads, total, dtype=torch.float32)
         gate_up = x.new_empty(total, 2 * inner)
         gate, up = gate_up.split(inner, dim=1)
         for layer, k_cache, v_cache in zip(
@@ -169,11 +172,10 @@ class NLDModel:
                 attention_scaling=attention_scaling, query_scale_beta=beta,
                 query_scale_len=scale_len,
             )  # fmt: skip
-            attended, _ = block_attention(
+            block_attention(
                 q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode,
-                block_len=block_len, block_phase=block_phase,
+                block_len=block_len, block_phase=block_phase, out=attended_heads, lse=lse,
             )  # fmt: skip
-            attended = attended.view(total, config.q_size)
             linear_add_(x, attended, layer.o)
             if use_lora and layer.lora is not None:
                 lora_add_(x, attended, layer.lora)
