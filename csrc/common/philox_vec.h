@@ -6,6 +6,12 @@
 
 namespace nld::NLD_ISA {
 
+using nld::exact_log;  // the scalar forms stay in sight beside the vector ones
+using nld::gumbel;
+using nld::int_to_float;
+using nld::log1p_poly;
+using nld::philox_words;
+
 typedef uint64_t VecU64 __attribute__((vector_size(kLanes * 4)));  // kLanes / 2 lanes
 
 constexpr int kNoiseStep = 2 * kLanes;  // token ids one call of philox_words() serves
