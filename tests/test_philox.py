@@ -1,16 +1,16 @@
-"""The random numbers: known answers, equal bits on every backend, and the distributions they must have."""
+"""The random numbers: known answers, equal bits on every backend, the right distributions."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from compare import assert_equal
 
+from compare import assert_equal
 from nld_cuda import ops, reference
 
 ALL_ONES = 0xFFFFFFFF
 
-# Known-answer vectors of the authors' Random123 package for philox4x32 with 10 rounds: counter, key, words.
+# Known-answer vectors of the authors' Random123 package, philox4x32-10: counter, key, words.
 KNOWN_ANSWERS = [
     ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
     ([ALL_ONES] * 4, [ALL_ONES] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
@@ -24,14 +24,22 @@ KNOWN_ANSWERS = [
 
 @pytest.mark.parametrize("counter,key,words", KNOWN_ANSWERS)
 def test_known_answers(counter: list, key: list, words: list) -> None:
-    assert_equal(reference.philox_words(torch.tensor(key), torch.tensor(counter)), torch.tensor(words), "words")
+    assert_equal(
+        reference.philox_words(torch.tensor(key), torch.tensor(counter)),
+        torch.tensor(words),
+        "words",
+    )
 
 
 def test_tokens_use_the_documented_counter() -> None:
     seed, position, purpose, token = -0x0123456789ABCDEF, 4321, 2, 1027
-    got = reference.philox_tokens(torch.tensor([seed]), torch.tensor([position]), purpose, token + 1)[0, token]
+    got = reference.philox_tokens(
+        torch.tensor([seed]), torch.tensor([position]), purpose, token + 1
+    )[0, token]
     key = torch.tensor([seed & ALL_ONES, (seed >> 32) & ALL_ONES])
-    expected = reference.philox_words(key, torch.tensor([token // 4, position, purpose, 0]))[token % 4]
+    expected = reference.philox_words(key, torch.tensor([token // 4, position, purpose, 0]))[
+        token % 4
+    ]
     assert_equal(got, expected, "word")
 
 
@@ -42,7 +50,9 @@ def test_noise_has_the_bits_of_the_reference(vocab: int, backend) -> None:
     positions = torch.tensor([2**31 - 1, 70000, 0, 1, -5], dtype=torch.int32)[:rows]
     for purpose in ops.Purpose:
         noise = torch.full((rows, vocab + 3), torch.nan, device=backend.device)
-        ops.gumbel_noise_(noise[:, :vocab], seed.to(backend.device), positions.to(backend.device), purpose)
+        ops.gumbel_noise_(
+            noise[:, :vocab], seed.to(backend.device), positions.to(backend.device), purpose
+        )
         expected = torch.full((rows, vocab + 3), torch.nan)
         reference.gumbel_noise_(expected[:, :vocab], seed, positions, purpose)
         assert_equal(noise, expected, f"noise, {purpose.name}")
@@ -54,7 +64,9 @@ def test_gumbel_accuracy_over_all_words() -> None:
     noise = reference.gumbel(words)
     u = (words.double() + 0.5) / 2**32
     exact = -torch.log(-torch.log1p(-u))
-    assert noise.isfinite().all() and noise.min() > -3.14 and noise.max() < 22.88  # kMaxGumbel of philox.h
+    assert (
+        noise.isfinite().all() and noise.min() > -3.14 and noise.max() < 22.88
+    )  # kMaxGumbel of philox.h
     spacing = torch.finfo(torch.float32).eps * exact.abs().clamp(min=0.5)
     assert ((noise.double() - exact).abs() / spacing).max() < 2.5
     ordered = noise[words.argsort()]
@@ -69,12 +81,16 @@ def test_exact_log_accuracy() -> None:
 
 
 def test_uniform_is_below_one_and_even() -> None:
-    words = reference.philox_tokens(torch.tensor([5]), torch.tensor([9]), ops.Purpose.ACCEPT, 200_000)
+    words = reference.philox_tokens(
+        torch.tensor([5]), torch.tensor([9]), ops.Purpose.ACCEPT, 200_000
+    )
     u = reference.uniform(words)
     assert u.min() >= 0 and u.max() < 1
     assert reference.uniform(torch.tensor([2**32 - 1])).item() == 1 - 2**-24
     counts = torch.histc(u, bins=64, min=0, max=1)
-    assert chi_square(counts, torch.full((64,), 1 / 64)) < 120  # 63 degrees of freedom: p about 2e-5
+    assert (
+        chi_square(counts, torch.full((64,), 1 / 64)) < 120
+    )  # 63 degrees of freedom: p about 2e-5
 
 
 def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
@@ -90,11 +106,13 @@ def test_draws_follow_the_tempered_softmax(temperature: float, backend) -> None:
     counts = torch.bincount(draws, minlength=vocab).float()
     probs = (logits / temperature).softmax(-1)
     keep = probs > 1e-3
-    assert chi_square(counts[keep], probs[keep] / probs[keep].sum()) < 45  # at most 12 degrees: p about 1e-5
+    assert (
+        chi_square(counts[keep], probs[keep] / probs[keep].sum()) < 45
+    )  # at most 12 degrees: p about 1e-5
 
 
 def test_streams_are_independent(backend) -> None:
-    """Neighbouring positions, purposes and seeds give unrelated draws: pairs are uniform over a 6 x 6 table."""
+    """Neighbouring positions, purposes and seeds: pairs of draws fill a 6 x 6 table evenly."""
     rows = 20_000
     zeros = torch.zeros(rows, 6)
     first = draw(zeros, 1.0, backend.device)
@@ -105,17 +123,22 @@ def test_streams_are_independent(backend) -> None:
     }
     for name, other in others.items():
         counts = torch.bincount(first * 6 + other, minlength=36).float()
-        assert chi_square(counts, torch.full((36,), 1 / 36)) < 90, name  # 35 degrees of freedom: p about 1e-6
+        assert chi_square(counts, torch.full((36,), 1 / 36)) < 90, (
+            name
+        )  # 35 degrees of freedom: p about 1e-6
 
 
-def draw(logits, temperature, device, seed=11, first_position=0, purpose=ops.Purpose.SAMPLE) -> torch.Tensor:
+def draw(
+    logits, temperature, device, seed=11, first_position=0, purpose=ops.Purpose.SAMPLE
+) -> torch.Tensor:
     rows = logits.shape[0]
     ints = {"dtype": torch.int32, "device": device}
     result = ops.commit_(
         logits.to(device), torch.zeros(rows, dtype=torch.int64, device=device),
         torch.ones(rows, dtype=torch.bool, device=device), torch.tensor([0, rows], **ints),
         torch.tensor([ops.CommitRule.ALL], **ints), torch.zeros(1, device=device), mask_token_id=-1,
-        temperature=torch.tensor([temperature], device=device), seed=torch.tensor([seed], device=device),
+        temperature=torch.tensor([temperature], device=device),
+        seed=torch.tensor([seed], device=device),
         positions=torch.arange(first_position, first_position + rows, **ints), purpose=purpose,
     )  # fmt: skip
     return result.candidates.cpu()

@@ -1,4 +1,4 @@
-"""commit_ against its reference and against brute force: rules, ties, strange logits, draws, EOS freeze."""
+"""commit_ against its reference and brute force: rules, ties, strange logits, draws, EOS freeze."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from compare import assert_accurate, assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compare import assert_accurate, assert_equal
 from nld_cuda import _library, ops, reference
 from nld_cuda.ops import CommitRule
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MASK = 3
-WRITTEN = ("block_tokens", "is_masked", "candidates", "confidence", "num_committed", "num_remaining", "done")
+WRITTEN = (
+    "block_tokens",
+    "is_masked",
+    "candidates",
+    "confidence",
+    "num_committed",
+    "num_remaining",
+    "done",
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,9 @@ CASES = [
     Case((7, 0, 32, 1, 12), 203, EVERY_RULE, extra_rows=3),
     Case((7, 0, 32, 1, 12), 203, EVERY_RULE, sampled=True),
     Case((4, 3, 5, 2, 6), 2049, EVERY_RULE, sampled=True),
-    Case((1, 1, 1), 16384 + 5, (CommitRule.REVISE, CommitRule.ENTROPY, CommitRule.ALL), sampled=True),
+    Case(
+        (1, 1, 1), 16384 + 5, (CommitRule.REVISE, CommitRule.ENTROPY, CommitRule.ALL), sampled=True
+    ),
     Case((), 64),
     Case((0, 0), 64),
 ]
@@ -52,14 +62,17 @@ def make(case: Case, dtype: torch.dtype = torch.float32) -> dict:
     is_masked = torch.rand(rows) < 0.7
     strided = torch.full((rows, case.vocab + 5), torch.nan, dtype=dtype)
     strided[:, : case.vocab] = logits.to(dtype)
-    strided[:, : case.vocab][~is_masked & (torch.rand(rows) < 0.3)] = torch.nan  # rows no rule but REVISE may read
+    strided[:, : case.vocab][~is_masked & (torch.rand(rows) < 0.3)] = (
+        torch.nan
+    )  # rows no rule but REVISE may read
     data = {
         "logits": strided[:, : case.vocab],
         "block_tokens": torch.where(is_masked, MASK, held),
         "is_masked": is_masked,
         "cu_seqlens": torch.tensor([0, *case.lens]).cumsum(0).int(),
         "rule": torch.tensor(rules, dtype=torch.int32),
-        "threshold": torch.rand(batch) * 0.6 + torch.tensor([3.0 * (r == CommitRule.ENTROPY) for r in rules]),
+        "threshold": torch.rand(batch) * 0.6
+        + torch.tensor([3.0 * (r == CommitRule.ENTROPY) for r in rules]),
         "quota": torch.randint(0, 5, (batch,), dtype=torch.int32),
         "revise_threshold": torch.rand(batch) * 0.5,
         "is_fixed": torch.rand(rows) < 0.2,
@@ -116,8 +129,10 @@ def test_rows_of_nobody_are_untouched(backend) -> None:
     assert result["is_masked"][5:].all()
 
 
-def brute_force_rule(rule: CommitRule, confidence: list, entropy: list, threshold: float, quota: int) -> set[int]:
-    """Which of the masked rows (all given here) a rule reveals, straight from its sentence in the design."""
+def brute_force_rule(
+    rule: CommitRule, confidence: list, entropy: list, threshold: float, quota: int
+) -> set[int]:
+    """Which of the masked rows (all given here) a rule reveals, straight from the design page."""
     rows = range(len(confidence))
     by_confidence = sorted(rows, key=lambda i: (-confidence[i], i))
     if rule == CommitRule.QUOTA:
@@ -126,7 +141,11 @@ def brute_force_rule(rule: CommitRule, confidence: list, entropy: list, threshol
         return set(rows)
     if rule == CommitRule.ENTROPY:
         by_entropy = sorted(rows, key=lambda i: (entropy[i], i))
-        fitting = [k for k in range(1, len(rows) + 1) if sum(entropy[i] for i in by_entropy[: k - 1]) <= threshold]
+        fitting = [
+            k
+            for k in range(1, len(rows) + 1)
+            if sum(entropy[i] for i in by_entropy[: k - 1]) <= threshold
+        ]
         return set(by_entropy[: max(fitting, default=1)])
     return {i for i in rows if confidence[i] >= threshold} | set(by_confidence[:1])
 
@@ -135,8 +154,15 @@ levels = st.lists(st.integers(0, 6), min_size=1, max_size=12)
 
 
 @settings(max_examples=60, deadline=None)
-@given(peaks=levels, rule=st.sampled_from(EVERY_RULE), cut=st.integers(0, 13), quota=st.integers(-1, 14))
-def test_rules_against_brute_force(peaks: list[int], rule: CommitRule, cut: int, quota: int) -> None:
+@given(
+    peaks=levels,
+    rule=st.sampled_from(EVERY_RULE),
+    cut=st.integers(0, 13),
+    quota=st.integers(-1, 14),
+)
+def test_rules_against_brute_force(
+    peaks: list[int], rule: CommitRule, cut: int, quota: int
+) -> None:
     """Rows with one raised logit of a few levels: many exact ties in confidence and entropy."""
     rows, vocab = len(peaks), 20
     logits = torch.zeros(rows, vocab)
@@ -144,7 +170,8 @@ def test_rules_against_brute_force(peaks: list[int], rule: CommitRule, cut: int,
     log_probs = logits.double().log_softmax(-1)
     entropy = (-(log_probs.exp() * log_probs).sum(-1)).tolist()
     data = {
-        "logits": logits, "block_tokens": torch.full((rows,), MASK), "is_masked": torch.ones(rows, dtype=torch.bool),
+        "logits": logits, "block_tokens": torch.full((rows,), MASK),
+        "is_masked": torch.ones(rows, dtype=torch.bool),
         "cu_seqlens": torch.tensor([0, rows]).int(), "rule": torch.tensor([rule]).int(),
         "quota": torch.tensor([quota]).int(),
     }  # fmt: skip
@@ -163,11 +190,14 @@ def test_rules_against_brute_force(peaks: list[int], rule: CommitRule, cut: int,
     assert bool(result["done"]) == (len(expected) == rows)
 
 
-def small(logits: torch.Tensor, rule: CommitRule = CommitRule.ALL, threshold: float = 0.5, **options) -> dict:
-    """One request of masked rows; confidences are far from the threshold unless a test wants them there."""
+def small(
+    logits: torch.Tensor, rule: CommitRule = CommitRule.ALL, threshold: float = 0.5, **options
+) -> dict:
+    """One request of masked rows."""
     rows = logits.shape[0]
     return {
-        "logits": logits, "block_tokens": torch.full((rows,), MASK), "is_masked": torch.ones(rows, dtype=torch.bool),
+        "logits": logits, "block_tokens": torch.full((rows,), MASK),
+        "is_masked": torch.ones(rows, dtype=torch.bool),
         "cu_seqlens": torch.tensor([0, rows]).int(), "rule": torch.tensor([rule]).int(),
         "threshold": torch.tensor([threshold]),
     } | options  # fmt: skip
@@ -196,11 +226,21 @@ def test_strange_logits(vocab: int, dtype: torch.dtype, backend) -> None:
     assert_equal(confidence[[0, 1, 6]].cpu(), torch.zeros(3), "confidence of hopeless rows")
     assert confidence[2] == 0.5 and confidence[4] == 1.0 and confidence[5] == 0.0
     assert confidence[7].item() == pytest.approx(1 / vocab, rel=1e-5)
-    plain, exact = run(reference.commit_, data), run(reference.commit_, data | {"logits": data["logits"].double()})
+    plain, exact = (
+        run(reference.commit_, data),
+        run(reference.commit_, data | {"logits": data["logits"].double()}),
+    )
     assert_same_result(result, plain, exact)
     # With noise the same rows are hopeless, and nothing is NaN.
-    sampled = {"temperature": torch.tensor([0.5]), "seed": torch.tensor([1]), "positions": torch.arange(8).int()}
-    result, plain = run(ops.commit_, data | sampled, backend.device), run(reference.commit_, data | sampled)
+    sampled = {
+        "temperature": torch.tensor([0.5]),
+        "seed": torch.tensor([1]),
+        "positions": torch.arange(8).int(),
+    }
+    result, plain = (
+        run(ops.commit_, data | sampled, backend.device),
+        run(reference.commit_, data | sampled),
+    )
     assert_equal(result["candidates"], plain["candidates"], "drawn candidates")
     assert not result["confidence"].isnan().any()
 
@@ -242,15 +282,25 @@ def test_revision_masks_again(backend) -> None:
     logits = torch.zeros(6, 8)
     logits[:, 5] = 10.0
     data = small(logits, CommitRule.REVISE, 0.9, revise_threshold=torch.tensor([0.5]))
-    data["block_tokens"] = torch.tensor([5, 6, 6, MASK, -1, 5])  # -1: no token of the vocabulary is not believed
+    data["block_tokens"] = torch.tensor(
+        [5, 6, 6, MASK, -1, 5]
+    )  # -1: no token of the vocabulary is not believed
     data["is_masked"] = torch.tensor([False, False, False, True, False, False])
     data["is_fixed"] = torch.tensor([False, False, True, False, False, True])
     result = run(ops.commit_, data, backend.device)
     assert result["block_tokens"].tolist() == [5, MASK, 6, 5, MASK, 5]
     assert result["is_masked"].tolist() == [False, True, False, False, True, False]
     assert result["candidates"].tolist() == [5, 6, 6, 5, -1, 5]
-    assert result["confidence"][2] == 1.0 and result["confidence"][4] == 0.0 and result["confidence"][1] < 0.5
-    assert (int(result["num_committed"]), int(result["num_remaining"]), bool(result["done"])) == (1, 2, False)
+    assert (
+        result["confidence"][2] == 1.0
+        and result["confidence"][4] == 0.0
+        and result["confidence"][1] < 0.5
+    )
+    assert (int(result["num_committed"]), int(result["num_remaining"]), bool(result["done"])) == (
+        1,
+        2,
+        False,
+    )
     del data["revise_threshold"]  # default 0: nothing falls below it
     assert run(ops.commit_, data, backend.device)["is_masked"].sum() == 0
 
@@ -259,9 +309,19 @@ def test_revision_masks_again(backend) -> None:
     "tokens,masked,fixed,expected",
     [
         ([5, 1, MASK, 1, MASK], [0, 0, 1, 0, 1], [0] * 5, [5, 1, 9, 9, 9]),  # row 2 commits 9 = EOS
-        ([9, 1, MASK, 1, MASK], [0, 0, 1, 0, 1], [1, 0, 0, 0, 0], [9, 1, 9, 9, 9]),  # a fixed EOS does not count
+        (
+            [9, 1, MASK, 1, MASK],
+            [0, 0, 1, 0, 1],
+            [1, 0, 0, 0, 0],
+            [9, 1, 9, 9, 9],
+        ),  # a fixed EOS does not count
         ([MASK, 8, 1, 1, MASK], [1, 0, 0, 0, 1], [0] * 5, [9, 9, 9, 9, 9]),  # the first EOS counts
-        ([1, 8, 1, MASK, MASK], [0, 0, 0, 1, 1], [0] * 5, [1, 8, 8, 8, 8]),  # any id of the list; already there
+        (
+            [1, 8, 1, MASK, MASK],
+            [0, 0, 0, 1, 1],
+            [0] * 5,
+            [1, 8, 8, 8, 8],
+        ),  # any id of the list; already there
     ],
 )
 def test_eos_freeze(tokens: list, masked: list, fixed: list, expected: list, backend) -> None:
@@ -296,10 +356,17 @@ def test_batch_equals_requests_alone(backend) -> None:
         own = slice(bounds[b], bounds[b + 1])
         per_row = ("logits", "block_tokens", "is_masked", "is_fixed", "positions")
         alone = {n: t[own] if n in per_row else t[b : b + 1] for n, t in data.items()}
-        alone |= {"cu_seqlens": torch.tensor([0, case.lens[b]]).int(), "banned_token_ids": data["banned_token_ids"]}
+        alone |= {
+            "cu_seqlens": torch.tensor([0, case.lens[b]]).int(),
+            "banned_token_ids": data["banned_token_ids"],
+        }
         result = run(ops.commit_, alone, backend.device)
         for name in WRITTEN:
-            part = whole[name][own] if whole[name].numel() == sum(case.lens) else whole[name][b : b + 1]
+            part = (
+                whole[name][own]
+                if whole[name].numel() == sum(case.lens)
+                else whole[name][b : b + 1]
+            )
             assert_equal(result[name], part, f"{name} of request {b}")
 
 
@@ -324,7 +391,9 @@ def test_draws_are_the_same_on_every_isa() -> None:
     data["is_masked"][:] = True
     results = []
     try:
-        for isa in ("baseline", "avx2", "avx512")[: 1 + ("baseline", "avx2", "avx512").index(_library.C.best_cpu_isa())]:
+        for isa in ("baseline", "avx2", "avx512")[
+            : 1 + ("baseline", "avx2", "avx512").index(_library.C.best_cpu_isa())
+        ]:
             _library.C.set_cpu_isa(isa)
             results.append(run(ops.commit_, data)["candidates"])
     finally:
@@ -337,35 +406,61 @@ def test_opcheck() -> None:
     data = make(Case((3, 2), 33, (CommitRule.REVISE, CommitRule.QUOTA), sampled=True))
     for name, like in (("candidates", torch.int64), ("confidence", torch.float32)):
         data[name] = torch.zeros(5, dtype=like)
-    for name, like in (("num_committed", torch.int32), ("num_remaining", torch.int32), ("done", torch.bool)):
+    for name, like in (
+        ("num_committed", torch.int32),
+        ("num_remaining", torch.int32),
+        ("done", torch.bool),
+    ):
         data[name] = torch.zeros(2, dtype=like)
     args = [data.pop(n) for n in POSITIONAL]
-    torch.library.opcheck(torch.ops.nld.commit_, (args[0].nan_to_num(), *args[1:]), data | {"mask_token_id": MASK})
+    torch.library.opcheck(
+        torch.ops.nld.commit_, (args[0].nan_to_num(), *args[1:]), data | {"mask_token_id": MASK}
+    )
 
 
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"logits": lambda t: t.double()}, "commit_: logits must be float32, bfloat16 or float16, got float64"),
+        (
+            {"logits": lambda t: t.double()},
+            "commit_: logits must be float32, bfloat16 or float16, got float64",
+        ),
         ({"logits": lambda t: t[0]}, "commit_: logits must have 2 dimensions, got shape"),
-        ({"logits": lambda t: t[:, ::2]}, "commit_: logits must have stride 1 in its last dimension, got 2"),
+        (
+            {"logits": lambda t: t[:, ::2]},
+            "commit_: logits must have stride 1 in its last dimension, got 2",
+        ),
         ({"logits": lambda t: t[:, :0]}, "commit_: logits must have 1 to"),
         ({"block_tokens": lambda t: t.int()}, "commit_: block_tokens must be int64, got int32"),
-        ({"block_tokens": lambda t: t[:-1]}, r"commit_: block_tokens must have size 5 \(rows of logits\)"),
+        (
+            {"block_tokens": lambda t: t[:-1]},
+            r"commit_: block_tokens must have size 5 \(rows of logits\)",
+        ),
         ({"is_masked": lambda t: t.int()}, "commit_: is_masked must be bool, got int32"),
-        ({"cu_seqlens": lambda t: t[:0]}, r"commit_: cu_seqlens must have batch \+ 1 elements, got none"),
+        (
+            {"cu_seqlens": lambda t: t[:0]},
+            r"commit_: cu_seqlens must have batch \+ 1 elements, got none",
+        ),
         ({"rule": lambda t: t[:-1]}, "commit_: rule must have size 2"),
-        ({"rule": lambda t: t + 4}, r"commit_: rule must be a CommitRule \(0 to 4\), got 5 for request 1"),
+        (
+            {"rule": lambda t: t + 4},
+            r"commit_: rule must be a CommitRule \(0 to 4\), got 5 for request 1",
+        ),
         ({"threshold": lambda t: t.double()}, "commit_: threshold must be float32, got float64"),
         ({"eos_token_ids": lambda t: t[:1]}, "commit_: eos_token_ids must have size 2"),
         ({"seed": lambda t: None}, "commit_: seed must be given with temperature, got none"),
-        ({"positions": lambda t: None}, "commit_: positions must be given with temperature, got none"),
+        (
+            {"positions": lambda t: None},
+            "commit_: positions must be given with temperature, got none",
+        ),
         ({"positions": lambda t: t.long()}, "commit_: positions must be int32, got int64"),
         ({"purpose": lambda t: 4}, r"commit_: purpose must be 0 \(sample\)"),
     ],
 )
 def test_bad_arguments(change: dict, message: str) -> None:
-    data = make(Case((3, 2), 33, (CommitRule.THRESHOLD, CommitRule.QUOTA), sampled=True)) | {"purpose": 0}
+    data = make(Case((3, 2), 33, (CommitRule.THRESHOLD, CommitRule.QUOTA), sampled=True)) | {
+        "purpose": 0
+    }
     for name, fn in change.items():
         data[name] = fn(data[name])
     before = data["block_tokens"].clone()
@@ -382,7 +477,9 @@ def test_compiles_with_dynamic_shapes() -> None:
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
     for lens in ((3, 2), (4, 4, 1), (9, 2)):
-        data = make(Case(lens, 50 + len(lens), (CommitRule.THRESHOLD, CommitRule.QUOTA), sampled=True))
+        data = make(
+            Case(lens, 50 + len(lens), (CommitRule.THRESHOLD, CommitRule.QUOTA), sampled=True)
+        )
         data["logits"] = data["logits"].contiguous()
         expected = run(ops.commit_, data)
         actual = run(lambda *args, mask_token_id, **named: compiled(*args, **named), data)
