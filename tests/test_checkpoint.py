@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compare import assert_equal
-from nld_cuda.decode.kv_cache import KVCache
-from nld_cuda.model import ModelConfig, NLDModel, load_model
+from nld_cuda.model import NLDModel, load_model
 from nld_cuda.model.checkpoint import resolve_device
-from tiny_model import YARN, config_fields, random_lora, random_weights, write_checkpoint
+from tiny_model import config_fields, random_lora, random_weights, write_checkpoint
 
 
 def assert_holds(model: NLDModel, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -198,142 +196,6 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
             resolve_device("cuda")
 
 
-# ---- config.json ---------------------------------------------------------------------------------
-
-
-def test_config_of_the_published_form() -> None:
-    """Sizes, ids and rope of the 3B file; unused fields are no error."""
-    fields = config_fields(
-        hidden_size=3072,
-        intermediate_size=9216,
-        num_hidden_layers=26,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=131072,
-        mask_token_id=100,
-        eos_token_id=11,
-        block_size=32,
-        dlm_loss_weight=None,
-        ar_loss_weight=1.0,
-        use_cache=False,
-        attn_implementation="sdpa",
-        torch_dtype="bfloat16",
-    )
-    config = ModelConfig.from_dict(fields)
-    assert (config.q_size, config.kv_size, config.hidden_size) == (4096, 1024, 3072)
-    assert (config.mask_token_id, config.eos_token_ids, config.block_size) == (100, (11,), 32)
-    assert config.dtype == torch.bfloat16 and not config.tie_word_embeddings
-    assert (config.rope.kind, config.rope.factor, config.rope.query_scale_beta) == (
-        "yarn",
-        16.0,
-        0.1,
-    )
-
-
-def test_config_spellings() -> None:
-    """Both names of the rope group and its type, a hoisted rope_theta, dtype, lists of EOS ids."""
-    old = {
-        name: value for name, value in YARN.items() if name not in ("rope_theta", "rope_type")
-    } | {"type": "yarn"}
-    fields = config_fields(
-        rope_parameters=None,
-        rope_scaling=old,
-        rope_theta=1e6,
-        torch_dtype=None,
-        dtype="float16",
-        eos_token_id=[2, 5, 2],
-    )
-    config = ModelConfig.from_dict(fields)
-    assert config.rope == ModelConfig.from_dict(config_fields()).rope
-    assert config.dtype == torch.float16 and config.eos_token_ids == (2, 5)
-    both = config_fields(rope_scaling=YARN | {"type": "yarn"}, rope_theta=1e6)
-    assert ModelConfig.from_dict(both).rope == config.rope
-    assert ModelConfig.from_dict(config_fields(eos_token_id=None)).eos_token_ids == ()
-    assert ModelConfig.from_dict(config_fields(rope_parameters=None)).rope.kind == "default"
-
-
-@pytest.mark.parametrize(
-    "changes,message",
-    [
-        ({"head_dim": None}, "head_dim must be given, it is missing"),
-        ({"hidden_size": 0}, "hidden_size must be an integer >= 1, got 0"),
-        ({"num_hidden_layers": 2.0}, "num_hidden_layers must be an integer >= 1, got 2.0"),
-        ({"vocab_size": True}, "vocab_size must be an integer >= 1, got True"),
-        (
-            {"num_key_value_heads": 3},
-            "num_key_value_heads must divide num_attention_heads 4, got 3",
-        ),
-        ({"mask_token_id": -1}, r"mask_token_id must be a token id in \[0, 61\), got -1"),
-        ({"mask_token_id": 61}, r"mask_token_id must be a token id in \[0, 61\), got 61"),
-        ({"mask_token_id": None}, "mask_token_id must be given"),
-        (
-            {"eos_token_id": [2, 61]},
-            r"eos_token_id must hold token ids in \[0, 61\), got \[2, 61\]",
-        ),
-        ({"rms_norm_eps": 0}, "rms_norm_eps must be > 0, got 0"),
-        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
-        (
-            {"torch_dtype": "int8"},
-            "torch_dtype must be one of float32, bfloat16, float16, got 'int8'",
-        ),
-        ({"rope_parameters": YARN | {"factor": 0}}, "rope_parameters.factor must be > 0, got 0"),
-        ({"rope_parameters": YARN | {"factor": None}}, "rope_parameters.factor must be given"),
-        ({"rope_theta": 5.0}, "rope_theta must agree with rope_parameters"),
-        (
-            {"rope_scaling": {"factor": 2.0}},
-            r"rope_scaling.factor must agree with rope_parameters \(16.0\), got 2.0",
-        ),
-        ({"rope_parameters": 3}, "rope_parameters must be an object, got 3"),
-        (
-            {"head_dim": 15},
-            r"partial_rotary_factor must give an even number .* of head_dim 15, got 1.0",
-        ),
-    ],
-)
-def test_config_errors(changes: dict, message: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config_fields(**changes)))
-    with pytest.raises(ValueError, match=message) as error:
-        ModelConfig.from_file(tmp_path)
-    assert str(error.value).startswith(str(tmp_path / "config.json") + ": ")
-
-
-@pytest.mark.parametrize(
-    "changes,message",
-    [
-        (
-            {"model_type": "llama"},
-            'model_type "llama" is not supported, only "nemotron_labs_diffusion"',
-        ),
-        ({"model_type": "nemotron_labs_diffusion_vlm"}, "is not supported"),
-        ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported, only "silu"'),
-        ({"attention_bias": True}, "attention_bias true is not supported, only false"),
-        ({"sliding_window": 4096}, "sliding_window 4096 is not supported, only absent"),
-        ({"dlm_paradigm": "block_diff"}, 'only "bidirectional"'),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .* only absent"),
-        (
-            {"rope_parameters": YARN | {"rope_type": "longrope"}},
-            '"longrope" is not supported, only "default" or "linear" or "yarn"',
-        ),
-    ],
-)
-def test_config_of_unsupported_models(changes: dict, message: str) -> None:
-    with pytest.raises(NotImplementedError, match=message):
-        ModelConfig.from_dict(config_fields(**changes))
-
-
-def test_config_files_that_are_no_config(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        ModelConfig.from_file(tmp_path)
-    for text, message in (
-        ("{", "must be a JSON file"),
-        ("[1]", "must hold a JSON object, got list"),
-    ):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            ModelConfig.from_file(tmp_path / "config.json")
-
-
 # ---- adapter -------------------------------------------------------------------------------------
 
 
@@ -417,50 +279,3 @@ def test_adapter_tensors_and_rslora(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"must hold adapter_model.safetensors"):
         load_model(folder)
-
-
-# ---- KVCache -------------------------------------------------------------------------------------
-
-
-def make_cache(num_pages: int, page_size: int) -> KVCache:
-    return KVCache(
-        ModelConfig.from_dict(config_fields()), num_pages, page_size, "cpu", torch.bfloat16
-    )
-
-
-def test_cache_hands_out_pages() -> None:
-    cache = make_cache(10, 4)
-    assert cache.k.shape == cache.v.shape == (3, 10, 4, 2, 16) and cache.k.dtype == torch.bfloat16
-    assert cache.num_bytes == 2 * 3 * 10 * 4 * 2 * 16 * 2
-    assert cache.k_layers[1].data_ptr() == cache.k[1].data_ptr() and len(cache.v_layers) == 3
-    first = cache.allocate(2, [5, 12])
-    assert_equal(first, torch.tensor([[0, 1, -1], [2, 3, 4]], dtype=torch.int32), "page table")
-    second = cache.allocate(1, 17, generator=torch.Generator().manual_seed(0))
-    assert sorted(second.flatten().tolist()) == [5, 6, 7, 8, 9] and cache.num_free_pages == 0
-    with pytest.raises(RuntimeError, match="need 1 pages of 4 tokens, got 0 of 10"):
-        cache.allocate(1, 1)
-    cache.free(first)
-    assert cache.num_free_pages == 5
-    with pytest.raises(ValueError, match="page_table must hold pages in use"):
-        cache.free(first)
-    with pytest.raises(ValueError, match="page_table must hold pages in use"):
-        cache.free(torch.tensor([5, 5]))
-    assert cache.num_free_pages == 5
-    assert cache.allocate(0, 3).shape == (0, 0)
-    assert cache.allocate(2, 0).shape == (2, 0)
-    with pytest.raises(ValueError, match="one for each of 2 requests"):
-        cache.allocate(2, [1])
-    with pytest.raises(ValueError, match="num_pages"):
-        make_cache(2**20, 2**11)
-    with pytest.raises(ValueError, match="page_size >= 1"):
-        make_cache(2, 0)
-
-
-def test_slots() -> None:
-    cache = make_cache(8, 3)
-    table = torch.tensor([[7, 2, -1], [4, 0, 5]], dtype=torch.int32)
-    request = torch.tensor([0, 0, 0, 1, 1, 1, 0, 1, 1])
-    positions = torch.tensor([0, 2, 5, 3, 8, 7, 6, 9, -1], dtype=torch.int32)
-    expected = torch.tensor([21, 23, 8, 0, 17, 16, -1, -1, -1], dtype=torch.int32)
-    assert_equal(cache.slots(table, request, positions), expected, "slots")
-    assert_equal(cache.slots(table, request.int(), positions), expected, "slots, int32 requests")

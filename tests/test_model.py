@@ -30,7 +30,7 @@ FULL, CAUSAL, BLOCK_CAUSAL, QUADRATIC = MaskMode
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from threads, and waiting for a busy one takes milliseconds."""
+    """Waiting for a thread on a busy machine takes longer than matrices of this size."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
