@@ -254,6 +254,6 @@ def test_only_the_cache_and_ops_change_cache_memory(folder: str) -> None:
             lines = list(cache_writes(ast.parse(path.read_text(encoding="utf-8"))))
             assert not lines, f"{name(path)} must not write cache memory, lines {lines}"
     bad = "cache.k[0] = 1\nself.cache.v.zero_()\nk_cache[1] += 2\ncache.k_layers[0].copy_(x)"
-    assert list(cache_writes(ast.parse(bad))) == [1, 2, 3, 4]
+    assert sorted(cache_writes(ast.parse(bad))) == [1, 2, 3, 4]
     good = "k_cache = cache.k\nops.compact_(cache.k, cache.v)\nx.copy_(cache.k[0])"
     assert not list(cache_writes(ast.parse(good)))
