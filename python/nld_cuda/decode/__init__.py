@@ -1,0 +1,1 @@
+"""Decode modes over a paged cache and a static device state."""
