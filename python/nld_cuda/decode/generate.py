@@ -1,0 +1,151 @@
+"""`generate`: prompts in, tokens and text out, in any decode mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from nld_cuda import ops as default_ops
+from nld_cuda.decode.options import Prompt, make_requests, make_settings
+from nld_cuda.decode.run import MODES, Run
+from nld_cuda.decode.state import Request
+from nld_cuda.decode.stats import DecodeStats
+from nld_cuda.decode.text import Tokenizer
+
+if TYPE_CHECKING:
+    from nld_cuda.model.transformer import NLDModel
+
+FinishReason = Literal["eos", "length"]
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """What `generate` made, one entry per prompt in each list.
+
+    Attributes:
+        tokens: new tokens, the EOS that ended a request included.
+        text: their text without special tokens; None where the model has no tokenizer.
+        finish_reason: "eos", or "length" (max_new_tokens reached).
+        stats: counts and times of the whole batch.
+    """
+
+    tokens: list[list[int]]
+    text: list[str] | None
+    finish_reason: list[FinishReason]
+    stats: DecodeStats
+
+
+def generate(
+    model: NLDModel,
+    prompts: Prompt | Sequence[Prompt],
+    mode: str = "linear_spec",
+    *,
+    max_new_tokens: int | Sequence[int] = 256,
+    block_length: int | None = None,
+    threshold: float | Sequence[float] | None = None,
+    temperature: float | Sequence[float] = 0.0,
+    seed: int | Sequence[int] | None = None,
+    eos_token_id: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    max_thinking_tokens: int | Sequence[int | None] | None = None,
+    end_think_token_id: int | None = None,
+    lora: bool | str | None = "auto",
+    spec_sampling: str | None = None,
+    rule: str | None = None,
+    quota: int | None = None,
+    revise_threshold: float | None = None,
+    mask_token_id: int | None = None,
+    page_size: int = 16,
+    ops: Any = default_ops,
+) -> GenerateResult:
+    """Continue a batch of prompts.
+
+    The result of a request does not depend on the other requests of its batch (up to the rounding
+    of torch's matrix products, which may depend on the number of rows).
+
+    Args:
+        model: from `load`.
+        prompts: a text, a list of texts, token ids (a list or a 1-D integer tensor), or a list or
+            2-D tensor of those. Lengths may differ. Mask tokens in a prompt are ordinary tokens.
+        mode: "ar", "diffusion", "linear_spec" or "quadratic_spec".
+        max_new_tokens: most tokens to produce, never exceeded; one for all or one per prompt.
+        block_length: tokens of a diffusion block, or rows of a draft (its first row is a token that
+            is known already), >= 1; default: the model's own. Not in ar.
+        threshold: diffusion: confidence from which tokens are committed (the best one always is),
+            the entropy bound in nats under rule "entropy"; linear_spec: drafts below it wait for
+            another draft pass, 0 (default): one pass. One for all or one per prompt.
+        temperature: 0 is greedy. One for all or one per prompt.
+        seed: of all random draws. One number: request b uses seed + b; a list: one per prompt;
+            None: drawn from torch's generator. `result.stats.seeds` tells.
+        eos_token_id: id or list of ids that end a request, or one list per prompt; () for none;
+            default: the model's own.
+        max_thinking_tokens, end_think_token_id: after so many new tokens the id is forced, unless
+            the request has produced it before.
+        lora: linear_spec: draft with the adapter: "auto" where the model has one, True, False.
+        spec_sampling: speculative modes at temperature > 0. "sampled" (default): every token is the
+            one ar would draw with the same seed. "rejection": accept drafts by the ratio of the
+            distributions; follows the ar distribution, with other draws and more drafts accepted
+            than independent draws would have.
+        rule: diffusion: "threshold" (default where one is given), "quota" (default else; `quota`
+            tokens per pass, 1), "all", "entropy", "revise" (as threshold, and committed tokens
+            whose confidence falls below `revise_threshold` are masked again).
+        quota, revise_threshold: of these rules.
+        mask_token_id: default: the model's own.
+        page_size: tokens per cache page.
+        ops: where the ops are taken from; `nld_cuda.reference` runs their plain meaning.
+
+    Raises:
+        ValueError: a value breaks a rule (the message names it), the prompt is empty, prompt and
+            new tokens exceed the model's positions, text without a tokenizer, an unknown mode or
+            rule, an argument that the mode has no use for.
+        TypeError: an argument of the wrong type.
+    """
+    run, tokenizer = prepare_run(
+        model, prompts, mode, ops,
+        dict(
+            max_new_tokens=max_new_tokens, temperature=temperature, threshold=threshold, seed=seed,
+            eos_token_id=eos_token_id, max_thinking_tokens=max_thinking_tokens,
+            end_think_token_id=end_think_token_id,
+        ),
+        dict(
+            block_length=block_length, threshold=threshold, rule=rule, quota=quota,
+            revise_threshold=revise_threshold, lora=lora, spec_sampling=spec_sampling,
+            mask_token_id=mask_token_id, page_size=page_size,
+        ),
+    )  # fmt: skip
+    run.start()
+    while not run.finished:
+        run.advance()
+    return result_of(run, tokenizer)
+
+
+def prepare_run(
+    model: NLDModel,
+    prompts: Any,
+    mode: str,
+    ops: Any,
+    request_options: dict[str, Any],
+    settings_options: dict[str, Any],
+) -> tuple[Run, Tokenizer | None]:
+    if mode not in MODES:
+        raise ValueError(f"generate: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    tokenizer: Tokenizer | None = getattr(model, "tokenizer", None)
+    settings = make_settings(model, mode, **settings_options)
+    requests = make_requests(model, prompts, tokenizer, **request_options)
+    return Run(model, requests, settings, ops=ops), tokenizer
+
+
+def result_of(run: Run, tokenizer: Tokenizer | None) -> GenerateResult:
+    tokens = run.tokens()
+    return GenerateResult(
+        tokens=tokens,
+        text=None if tokenizer is None else [tokenizer.decode(t) for t in tokens],
+        finish_reason=[
+            _finish_reason(r, t) for r, t in zip(run.state.requests, tokens, strict=True)
+        ],
+        stats=run.stats(),
+    )
+
+
+def _finish_reason(request: Request, tokens: list[int]) -> FinishReason:
+    return "eos" if tokens and tokens[-1] in request.eos_token_ids else "length"
