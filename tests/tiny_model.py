@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,14 +172,21 @@ def plain_logits(
     tokens: Tensor,
     visible: Tensor,
     dtype: torch.dtype = torch.float64,
+    positions: Tensor | None = None,
+    side_weights: Sequence[Tensor] | None = None,
+    side_from: int = 0,
 ) -> Tensor:
-    """Logits `[tokens, vocab]` of one request; `visible[i, j]`: i sees j. All math in `dtype`."""
+    """Logits `[tokens, vocab]` of one request; `visible[i, j]`: i sees j. All math in `dtype`.
+
+    Positions `[tokens]` default to 0, 1, 2, ... `side_weights`, one `[hidden, q_size]` per layer,
+    is what an adapter adds to o_proj, for the tokens from `side_from` on.
+    """
     w = {name: t.to(dtype) for name, t in weights.items()}
     n, dim = tokens.numel(), fields["head_dim"]
     heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
     rope = fields["rope_parameters"]
     rotary = int(dim * rope.get("partial_rotary_factor", 1.0))
-    positions = torch.arange(n)
+    positions = torch.arange(n) if positions is None else positions
     angle = (positions.float()[:, None] * plain_inv_freq(rope, rotary)).to(
         torch.float64 if dtype == torch.float64 else torch.float32
     )
@@ -214,6 +222,8 @@ def plain_logits(
         probs = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         attended = torch.einsum("hij,jhd->ihd", probs, v).reshape(n, heads * dim)
         x = x + attended @ layer["self_attn.o_proj.weight"].T
+        if side_weights is not None:
+            x[side_from:] += attended[side_from:] @ side_weights[i].to(dtype).T
         h = norm(x, layer["post_attention_layernorm.weight"])
         gate, up = (h @ layer[f"mlp.{p}_proj.weight"].T for p in ("gate", "up"))
         x = x + (gate * torch.sigmoid(gate) * up) @ layer["mlp.down_proj.weight"].T

@@ -1,0 +1,74 @@
+"""Tiny random models for the decode tests, and the oracle's view of them."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import nld_cuda
+from nld_cuda import NLDModel
+from oracle import Logits, Options
+from tiny_model import config_fields, plain_logits, random_lora, random_weights, write_checkpoint
+
+MASK, EOS, END_THINK = 3, 2, 4
+
+
+@dataclass(frozen=True, eq=False)
+class TinyModel:
+    """A loaded model, and the same weights for `plain_logits` (the adapter multiplied out)."""
+
+    model: NLDModel
+    fields: dict[str, Any]
+    weights: dict[str, Tensor]
+    adapter: list[Tensor]
+
+    def logits(self, lora: bool = True) -> Logits:
+        """What the oracle sees: everything recomputed densely in float32."""
+
+        def call(
+            tokens: list[int], positions: list[int], mask: Tensor, draft_from: int | None
+        ) -> Tensor:
+            adapter = self.adapter if lora and draft_from is not None else None
+            return plain_logits(
+                self.fields, self.weights, torch.tensor(tokens), mask, torch.float32,
+                torch.tensor(positions), adapter, draft_from or 0,
+            )  # fmt: skip
+
+        return call
+
+
+@cache
+def tiny_model(vocab: int = 61, seed: int = 0, layers: int = 2) -> TinyModel:
+    """A model with an adapter. A small vocabulary makes drafts agree by chance now and then."""
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(1000 + seed)
+    fields = config_fields(vocab_size=vocab, num_hidden_layers=layers)
+    weights = random_weights(fields)
+    # Loud enough that no argmax hangs on rounding, and an EOS now and then.
+    weights["diffusion_head.weight"] *= 3
+    lora = random_lora(fields, rank=4)
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), fields, weights, lora=lora)
+        model = nld_cuda.load(folder, device="cpu")
+    torch.set_rng_state(generator_state)
+    adapter = []
+    for i in range(layers):
+        at = f"base_model.model.encoder.layers.{i}.self_attn.o_proj"
+        adapter.append(4 * lora[f"{at}.lora_B.weight"] @ lora[f"{at}.lora_A.weight"])
+    return TinyModel(model, fields, weights, adapter)
+
+
+def prompt(length: int, vocab: int, seed: int = 0) -> list[int]:
+    """Random tokens, mask and EOS ids among them."""
+    generator = torch.Generator().manual_seed(100 * seed + length)
+    return torch.randint(vocab, (length,), generator=generator).tolist()
+
+
+def options(max_new: int, eos: tuple[int, ...] = (), budget: int | None = None) -> Options:
+    return Options(max_new, MASK, eos, budget, END_THINK)

@@ -1,0 +1,134 @@
+"""Every decode mode against the dense oracle: token for token, forward for forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import nld_cuda
+import oracle
+from decode_cases import END_THINK, EOS, TinyModel, options, prompt, tiny_model
+from nld_cuda import ops, reference
+from nld_cuda.model import transformer
+
+LENGTHS = [1, 5, 12, 3, 7]  # ragged prompts
+
+
+def plain_attention(*args: Any, out: Tensor, lse: Tensor, **kw: Any) -> None:
+    """`reference.block_attention` with the signature of the op's out variant."""
+    out_plain, lse_plain = reference.block_attention(*args, **kw)
+    out.copy_(out_plain)
+    lse.copy_(lse_plain)
+
+
+PLAIN = SimpleNamespace(**{**vars(reference), "block_attention": plain_attention})
+OPS = {"cpu": ops, "reference": PLAIN}
+
+
+@pytest.fixture(params=OPS)
+def op_source(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> object:
+    """Where decode and model take their ops from: the library, or the plain meaning of each."""
+    monkeypatch.setattr(transformer, "ops", OPS[request.param])
+    return OPS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny matrices: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def expected(
+    tiny: TinyModel,
+    mode: str,
+    tokens: tuple[int, ...],
+    opt: oracle.Options,
+    arguments: tuple[Any, ...],
+) -> tuple[list[int], int]:
+    """The oracle's answer, computed once for all op sources."""
+    arguments, lora = arguments[:-1], arguments[-1]
+    return getattr(oracle, mode)(tiny.logits(lora), list(tokens), opt, *arguments)
+
+
+def check(
+    tiny: TinyModel,
+    mode: str,
+    op_source: object,
+    max_new: list[int],
+    *,
+    eos: tuple[int, ...] = (),
+    budget: int | None = None,
+    lora: bool = False,
+    **arguments: Any,
+) -> None:
+    """Decode a ragged batch and compare every request with the oracle's batch of one."""
+    vocab = tiny.fields["vocab_size"]
+    prompts = [prompt(n, vocab) for n in LENGTHS]
+    result = nld_cuda.generate(
+        tiny.model, prompts, mode, max_new_tokens=max_new, eos_token_id=eos, lora=lora,
+        max_thinking_tokens=budget, end_think_token_id=END_THINK, page_size=4, ops=op_source,
+        **arguments,
+    )  # fmt: skip
+    for b, (tokens, limit) in enumerate(zip(prompts, max_new, strict=True)):
+        opt = options(limit, eos, budget)
+        want, nfe = expected(tiny, mode, tuple(tokens), opt, (*arguments.values(), lora))
+        assert result.tokens[b] == want, f"prompt {b}"
+        assert result.stats.requests[b].nfe == nfe, f"forwards of prompt {b}"
+        ended = bool(want) and want[-1] in eos
+        assert result.finish_reason[b] == ("eos" if ended else "length")
+
+
+MAX_NEW = [17, 9, 1, 0, 20]
+budgets = pytest.mark.parametrize("budget", [None, 0, 4, 9])
+vocabs = pytest.mark.parametrize("vocab", [61, 7])
+
+
+@budgets
+@vocabs
+def test_ar(vocab: int, budget: int | None, op_source: object) -> None:
+    for eos in ((), (EOS,), (EOS, 5)):
+        check(tiny_model(vocab), "ar", op_source, MAX_NEW, eos=eos, budget=budget)
+
+
+@budgets
+@pytest.mark.parametrize("block_length", [1, 2, 5, 8])
+@vocabs
+def test_linear_spec(vocab: int, block_length: int, budget: int | None, op_source: object) -> None:
+    for lora, threshold in ((False, 0.0), (True, 0.0), (True, 0.4)):
+        check(
+            tiny_model(vocab), "linear_spec", op_source, MAX_NEW, eos=(EOS,), budget=budget,
+            lora=lora, block_length=block_length, threshold=threshold,
+        )  # fmt: skip
+
+
+@budgets
+@pytest.mark.parametrize("block_length", [1, 2, 5, 8])
+@vocabs
+def test_diffusion(vocab: int, block_length: int, budget: int | None, op_source: object) -> None:
+    for threshold, eos in ((None, ()), (0.3, (EOS,)), (0.6, (EOS,))):
+        check(
+            tiny_model(vocab), "diffusion", op_source, MAX_NEW, eos=eos, budget=budget,
+            block_length=block_length, threshold=threshold,
+        )  # fmt: skip
+
+
+@budgets
+@pytest.mark.parametrize("block_length", [1, 2, 3, 5])
+@vocabs
+def test_quadratic_spec(
+    vocab: int, block_length: int, budget: int | None, op_source: object
+) -> None:
+    check(
+        tiny_model(vocab), "quadratic_spec", op_source, MAX_NEW, eos=(EOS,), budget=budget,
+        block_length=block_length,
+    )  # fmt: skip
