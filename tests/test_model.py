@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from compare import assert_accurate, assert_equal
+from compare import assert_equal
 from nld_cuda.decode.kv_cache import KVCache
 from nld_cuda.model import ModelConfig, NLDModel, load_model
 from nld_cuda.model.rope import rope_frequencies
+from nld_cuda.model.transformer import rms_norm
 from nld_cuda.ops import MaskMode
 from tiny_model import (
     YARN,
@@ -104,6 +105,7 @@ class Session:
         )
         self.table = torch.cat((self.table, torch.full_like(self.table[:, :2], 2**30)), dim=1)
         self.lens = [0] * batch
+        self.forward = model.forward
 
     def run(
         self, rows: list[Tensor], modes: list[int], keep: bool = True, **kw: Any
@@ -116,7 +118,7 @@ class Session:
         ]
         positions = torch.cat(places)
         lens = [n + c for n, c in zip(self.lens, counts, strict=True)]
-        logits = self.model.forward(
+        logits = self.forward(
             torch.cat(rows),
             positions,
             self.cache.slots(self.table, request, positions),
@@ -202,7 +204,17 @@ def test_bfloat16_is_as_accurate_as_plain(case: Case, tmp_path: Path) -> None:
     plain = plain_logits(fields, weights, tokens, causal(40), dtype=torch.bfloat16)
     (actual,) = Session(model, 1, 40, case.page_size).run([tokens], [CAUSAL])
     assert actual.dtype == torch.bfloat16
-    assert_accurate(actual, exact, plain, "bfloat16 logits")
+    # the norm of the error: its maximum varies threefold from seed to seed, the norm by a tenth
+    allowed, error = (float((t.double() - exact).norm()) for t in (plain, actual))
+    assert error <= 1.5 * allowed
+
+
+def test_rms_norm_rounds_before_the_weight() -> None:
+    """As the published model: in bfloat16 the product sees the rounded quotient."""
+    x, weight = torch.randn(64, 160).bfloat16() * 3, (1 + torch.randn(160) / 3).bfloat16()
+    wide = x.float()
+    quotient = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).bfloat16()
+    assert_equal(rms_norm(x, weight, 1e-5), quotient * weight, "rms_norm")
 
 
 def test_logits_rows_and_done_requests(tmp_path: Path) -> None:
@@ -352,3 +364,22 @@ def test_parity_with_transformers(tmp_path: Path) -> None:
         expected = theirs(tokens[None]).logits[0]
     (actual,) = Session(model, 1, 50, 16).run([tokens], [CAUSAL])
     assert relative_error(actual, expected.double()) <= 1e-5
+
+
+def test_compiles_as_one_graph(tmp_path: Path) -> None:
+    """No graph break and no recompilation for a new number of rows."""
+    model, fields, _ = make(tmp_path, CASES[0])
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    eager, compiled = Session(model, 2, 40, 4), Session(model, 2, 40, 4)
+    compiled.forward = torch.compile(model.forward, fullgraph=True, dynamic=True, backend=backend)
+    for counts in ((5, 6), (2, 7), (6, 7)):
+        rows = random_tokens(fields, *counts)
+        expected = torch.cat(eager.run(rows, [CAUSAL, FULL]))
+        actual = torch.cat(compiled.run(rows, [CAUSAL, FULL]))
+        torch.testing.assert_close(actual, expected)
+    assert len(graphs) == 1

@@ -50,7 +50,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     The division happens in float32 and is rounded to x's dtype before the product, as the published
     model does; one rounding at the end would differ in bfloat16.
     """
-    return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
+    return torch.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
 
 
 class NLDModel:
