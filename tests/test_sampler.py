@@ -255,6 +255,35 @@ def test_hopeless_rows_come_last_but_do_come(backend) -> None:
         assert result["is_masked"].tolist() == [False, True], rule.name
 
 
+@pytest.mark.parametrize("rule", [CommitRule.ALL, CommitRule.ENTROPY], ids=str)
+@pytest.mark.parametrize("vocab", [700, 2**14 + 2**12])
+def test_logits_far_from_zero(vocab: int, rule: CommitRule, backend) -> None:
+    """Softmax sums keep a running reference: rows that climb, jump, start at -inf, lie far out."""
+    noise, climb = torch.randn(10, vocab), torch.linspace(-300, 300, vocab)
+    noise[0] += 1000
+    noise[1] -= 1000
+    noise[2] += climb
+    noise[3] -= climb
+    noise[4, : vocab // 2] = -torch.inf
+    noise[5, vocab - 1] = 900.0
+    noise[6, : vocab // 3] = torch.finfo(torch.float32).min
+    noise[7] = noise[7] * 1e3 + 5e6
+    noise[8, vocab // 2] = 1e38
+    noise[9, ::2] = torch.nan
+    data = small(noise, rule, threshold=vocab * 20.0)
+    plain = run(reference.commit_, data)
+    exact = run(reference.commit_, data | {"logits": noise.double()})
+    assert_same_result(run(ops.commit_, data, backend.device), plain, exact)
+
+
+def test_confidence_is_accurate_relative_to_its_size(backend) -> None:
+    logits = torch.randn(40, 5001) * torch.linspace(0, 12, 40)[:, None] + 30
+    exact = logits.double().softmax(-1).amax(-1)
+    confidence = run(ops.commit_, small(logits), backend.device)["confidence"].cpu()
+    error = (confidence.double() / exact - 1).abs().max()
+    assert error < 4e-6  # equal logits on 4 lanes are the worst
+
+
 def test_everything_banned_takes_id_0(backend) -> None:
     data = small(torch.randn(2, 4), banned_token_ids=torch.arange(4))
     result = run(ops.commit_, data, backend.device)

@@ -152,8 +152,29 @@ NLD_INLINE VecF fma(VecF a, VecF b, VecF c) {
 #endif
 }
 // max(a, b) returns b where a is NaN: max(x, set1(-inf)) turns NaN into -inf.
-NLD_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }
-NLD_INLINE VecF min(VecF a, VecF b) { return a < b ? a : b; }
+// (Written out because g++ makes a comparison and a blend of "a > b ? a : b" where one side is a constant.)
+NLD_INLINE VecF max(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE__)
+  return (VecF)__builtin_ia32_maxps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+NLD_INLINE VecF min(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE__)
+  return (VecF)__builtin_ia32_minps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 NLD_INLINE float reduce_add(VecF v) {
   float lanes[kLanes];

@@ -53,26 +53,20 @@ void scan_items(const CommitParams& p, int64_t item_begin, int64_t item_end) {
     const int64_t row = p.judged_rows[judged], request = p.judged_requests[judged];
     const int64_t begin = slice * kSliceLen, end = begin + kSliceLen < p.vocab ? begin + kSliceLen : p.vocab;
     const float scale = p.temperature != nullptr ? inverse_temperature(p.temperature[request]) : 0.0f;
-    const bool needs_entropy = rule_of(p, request) == CommitRule::kEntropy;
-    const Logits<T> logits = {logits_row<T>(p, row), 1.0f}, tempered = {logits.data, scale};
+    const RawLogits<T> logits = {logits_row<T>(p, row)};
+    const bool draws = p.is_masked[row] && scale > 0.0f;  // a held token is judged, not drawn
     Best best;
     ExpSum total;
-    // Chunk by chunk, so that only the first look at a logit goes to memory.
-    for (int64_t chunk = begin; chunk < end; chunk += kChunkLen) {
-      const int64_t chunk_end = chunk + kChunkLen < end ? chunk + kChunkLen : end;
-      if (needs_entropy) {
-        scan_exp_sum<true>(logits, chunk, chunk_end, total);
-      } else {
-        scan_exp_sum<false>(logits, chunk, chunk_end, total);
-      }
-      if (!p.is_masked[row]) continue;  // a held token is judged, not drawn
-      if (scale > 0.0f) {
-        const NoiseKey key = {static_cast<uint64_t>(p.seed[request]), static_cast<uint32_t>(p.positions[row]),
-                              p.purpose};
-        scan_gumbel(tempered, chunk, chunk_end, key, banned, best);
-      } else {
-        scan_argmax(logits, chunk, chunk_end, banned, best);
-      }
+    if (rule_of(p, request) == CommitRule::kEntropy) {
+      draws ? scan_softmax<true, false>(logits, begin, end, banned, best, total)
+            : scan_softmax<true, true>(logits, begin, end, banned, best, total);
+    } else {
+      draws ? scan_softmax<false, false>(logits, begin, end, banned, best, total)
+            : scan_softmax<false, true>(logits, begin, end, banned, best, total);
+    }
+    if (draws) {  // the slice lies in the L2 cache now
+      const NoiseKey key = {static_cast<uint64_t>(p.seed[request]), static_cast<uint32_t>(p.positions[row]), p.purpose};
+      scan_gumbel(Logits<T>{logits.data, scale}, begin, end, key, banned, best);
     }
     p.parts[item] = {best.value, static_cast<int32_t>(best.id), total.max, total.sum, total.dot};
   }
