@@ -124,9 +124,21 @@ NLD_INLINE VecF load(const f16* p) {
 #endif
 }
 NLD_INLINE void store(float* p, VecF v) { std::memcpy(p, &v, sizeof(v)); }
-template <class T>
-NLD_INLINE void store(T* p, VecF v) {
+NLD_INLINE void store(bf16* p, VecF v) {  // from_float(), a register at a time
+  const VecU bits = (VecU)v, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const VecU16 half = __builtin_convertvector(v == v ? rounded >> 16 : (bits >> 16) | 0x40u, VecU16);
+  std::memcpy(p, &half, sizeof(half));
+}
+NLD_INLINE void store(f16* p, VecF v) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &half, sizeof(half));
+#elif defined(__AVX2__)
+  const __m128i half = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &half, sizeof(half));
+#else
   for (int i = 0; i < kLanes; ++i) from_float(v[i], p[i]);
+#endif
 }
 
 // First n lanes of memory, the rest filled; for tails.
