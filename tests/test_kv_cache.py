@@ -33,6 +33,11 @@ CASES = [
     Case(7, 6, 2, 40, 3, freqs=7),
     Case(5, 2, 2, 128, 16, scale_len=16384),
     Case(0, 4, 2, 64, 16),
+    Case(48, 4, 1, 32, 16),  # as many tokens as three pages hold
+    Case(9, 1, 1, 5, 4, freqs=2),
+    Case(6, 2, 1, 512, 7),
+    Case(3, 2, 2, 16, 2, freqs=0),
+    Case(4, 3, 3, 66, 1, hnd=True),
 ]
 
 
@@ -95,27 +100,141 @@ def test_rope_append(case: Case, dtype: torch.dtype, backend) -> None:
     assert_equal(actual["v_cache"], plain["v_cache"], "v_cache")
 
 
-@pytest.mark.parametrize("page_size,layers,hnd", [(1, 1, False), (4, 3, False), (7, 2, True)])
-def test_compact(page_size: int, layers: int, hnd: bool, backend) -> None:
-    batch, heads, dim, max_kept, stride = 3, 2, 8, 5, 6
+def test_slots_outside_the_cache_are_not_written(backend) -> None:
+    case = Case(6, 2, 1, 16, 4)
+    data = make(case, torch.float32, backend.device)
+    num_slots = data["k_cache"].shape[0] * case.page_size
+    slots = [-1, num_slots, num_slots - 1, 2**31 - 1, -(2**31), 0]
+    data["slot_mapping"] = torch.tensor(slots, dtype=torch.int32, device=backend.device)
+    before = data["qkv"].clone()
+    run(ops.rope_append_, case, data)
+    written = ~data["k_cache"].view(num_slots, -1).isnan().any(dim=1)
+    assert written.nonzero().flatten().tolist() == [0, num_slots - 1]
+    assert_equal(data["k_cache"].isnan(), data["v_cache"].isnan(), "the same slots of k and v")
+    assert_equal(data["qkv"][:, 2:], before[:, 2:], "k and v are only read")
+    assert (data["qkv"][:, :2] != before[:, :2]).any(dim=-1).all(), "every query is rotated"
+
+
+def test_append_follows_the_page_order(backend) -> None:
+    """One layer of a [layers, pages, ...] cache, a sequence across pages in any order."""
+    page_size, tokens, dim = 3, 8, 8
+    caches = torch.full((2, 2, 5, page_size, 2, dim), torch.nan, device=backend.device)
+    k_cache, v_cache = caches[0, 1], caches[1, 1]
+    table = torch.tensor([4, 0, 2])
+    index = torch.arange(tokens)
+    slots = (table[index // page_size] * page_size + index % page_size).int().to(backend.device)
+    qkv = torch.randn(tokens, 6, dim, device=backend.device)
+    q, k, v = qkv.split([2, 2, 2], dim=1)
+    freqs = torch.zeros(dim // 2, device=backend.device)  # angle 0: k is stored as it is
+    ops.rope_append_(q, k, v, k_cache, v_cache, index.int().to(backend.device), slots, freqs)
+    for cache, source in ((k_cache, k), (v_cache, v)):
+        assert_equal(cache[table].flatten(0, 1)[:tokens], source, "tokens in order")
+        assert int(cache.isnan().any(-1).any(-1).sum()) == 5 * page_size - tokens
+    assert caches[:, 0].isnan().all(), "the other layer"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounds_as_torch_does(dtype: torch.dtype, backend) -> None:
+    """At position 0 only the scaling is left: every finite value, to nearest even, bit for bit."""
+    bits = torch.randint(-(2**15), 2**15, (64, 3, 96), dtype=torch.int16)
+    values = bits.view(torch.float16) if dtype == torch.float16 else bits.view(torch.bfloat16)
+    values = torch.where(values.isfinite(), values, 1.0).to(dtype)
+    data = make(Case(64, 1, 1, 96, 16), dtype, backend.device)
+    data["qkv"] = values.clone().to(backend.device)
+    data["positions"] = torch.zeros_like(data["positions"])
+    run(ops.rope_append_, Case(64, 1, 1, 96, 16), data, attention_scaling=1.25)
+    assert_equal(data["qkv"][:, 0], (values[:, 0].float() * 1.25).to(dtype), "q")
+
+
+def test_rotation_at_every_position(backend) -> None:
+    """Angles up to 2^31: cos and sin keep their digits, the quadrants their signs."""
+    positions = torch.cat((torch.arange(4000), torch.randint(0, 2**31 - 1, (4000,)))).int()
+    frequencies = torch.tensor([1.0, 0.5, 1e-3, 7.7e-8])
+    q = torch.zeros(len(positions), 1, 8)
+    q[..., :4] = 1  # rotated: cos in the first half, sin in the second
+    q = q.to(backend.device)
+    cache = torch.zeros(1, 1, 1, 8, device=backend.device)
+    slots = torch.full_like(positions, -1).to(backend.device)
+    k = q.clone()
+    ops.rope_append_(
+        q, k, k, cache, cache.clone(), positions.to(q.device), slots, frequencies.to(q.device)
+    )
+    angles = (positions.float()[:, None] * frequencies).double()
+    exact = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    assert (q[:, 0].cpu().double() - exact).abs().max() < 5e-7
+
+
+@pytest.mark.parametrize("layout", ["dense", "heads first", "layers inside", "with gaps"])
+@pytest.mark.parametrize("page_size,layers", [(1, 1), (4, 3), (7, 2)])
+def test_compact(page_size: int, layers: int, layout: str, backend) -> None:
+    batch, heads, dim, max_kept, stride = 4, 2, 8, 5, 6
     pages_each = 40 // page_size + 2
-    shape = [layers, batch * pages_each, page_size, heads, dim]
-    if hnd:
-        k_cache = torch.randn(layers, batch * pages_each, heads, page_size, dim).transpose(2, 3)
-    else:
-        k_cache = torch.randn(shape)
-    v_cache = torch.randn(shape).bfloat16().float()
-    table = torch.randperm(batch * pages_each).int().view(batch, pages_each)
-    base = torch.tensor([0, 3, 8], dtype=torch.int32)
+    pages = batch * pages_each
+    shape = (layers, pages, page_size, heads, dim)
+    k_cache = {
+        "dense": lambda: torch.randn(shape),
+        "heads first": lambda: torch.randn(layers, pages, heads, page_size, dim).transpose(2, 3),
+        "layers inside": lambda: torch.randn(pages, page_size, layers, heads, dim).movedim(2, 0),
+        "with gaps": lambda: torch.randn(layers, pages + 1, page_size, heads + 1, dim + 4)[
+            :, 1:, :, 1:, :dim
+        ],
+    }[layout]()
+    v_cache = torch.randn(shape)
+    table = torch.randperm(pages).int().view(batch, pages_each)
+    used = (8 + (max_kept - 1) * stride) // page_size + 1
+    table[:, used:] = 2**31 - 1  # unused entries may hold anything
+    table[2] = -1  # and so may all of a request that keeps nothing
+    base = torch.tensor([0, 3, 8, 5], dtype=torch.int32)
     offsets = (torch.arange(max_kept, dtype=torch.int32) * stride).repeat(batch, 1)
-    kept = torch.tensor([5, 0, 3], dtype=torch.int32)
-    args = [
-        t.to(backend.device) for t in (k_cache.clone(), v_cache.clone(), table, base, offsets, kept)
-    ]
+    offsets[3] = torch.tensor([0, 1, 2, 6, 7])  # the first ones stay where they are
+    kept = torch.tensor([max_kept + 3, 4, 0, 5], dtype=torch.int32)
+    for b in range(batch):  # what is not chosen is poison
+        for index in set(range(int(base[b]), 40)) - set((base[b] + offsets[b]).tolist()):
+            page = int(table[b, index // page_size])
+            if 0 <= page < pages:
+                k_cache[:, page, index % page_size] = v_cache[:, page, index % page_size] = (
+                    torch.nan
+                )
+    actual = []
+    for t in (k_cache, v_cache, table, base, offsets, kept):
+        moved = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=backend.device)
+        actual.append(moved.copy_(t))
+    wanted = [t.clone() for t in (table, base, offsets, kept)]
     reference.compact_(k_cache, v_cache, table, base, offsets, kept)
-    ops.compact_(*args)
-    assert_equal(args[0], k_cache, "k_cache")
-    assert_equal(args[1], v_cache, "v_cache")
+    ops.compact_(*actual)
+    assert_equal(actual[0], k_cache, "k_cache")
+    assert_equal(actual[1], v_cache, "v_cache")
+    for got, want in zip(actual[2:], wanted, strict=True):
+        assert_equal(got, want, "arguments that are only read")
+    for b, count in enumerate((5, 4, 0, 5)):
+        for i in range(count):
+            page, offset = table[b, (base[b] + i) // page_size], (base[b] + i) % page_size
+            assert not k_cache[:, page, offset].isnan().any(), "poison was moved"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compact_in_two_bytes(dtype: torch.dtype, backend) -> None:
+    cache = torch.randn(2, 3, 4, 2, 8).to(dtype).to(backend.device)
+    other = cache.clone() + 1
+    before, before_other = cache.clone(), other.clone()
+    ints = ([[2, 0, 1]], [1], [[0, 2, 5, 9]], [4])
+    ops.compact_(cache, other, *(torch.tensor(i, dtype=torch.int32).to(cache.device) for i in ints))
+    # entries 1, 3, 6, 10 of the sequence (pages 2, 0, 1) become entries 1 .. 5
+    for now, was in ((cache, before), (other, before_other)):
+        sequence, old = now[:, [2, 0, 1]].flatten(1, 2), was[:, [2, 0, 1]].flatten(1, 2)
+        assert_equal(sequence[:, 1:5], old[:, [1, 3, 6, 10]], "kept entries")
+        assert_equal(sequence[:, [0, *range(5, 12)]], old[:, [0, *range(5, 12)]], "the others")
+
+
+def test_compact_with_entries_beyond_the_table(backend) -> None:
+    """Indices the table has no page for move nothing, and nothing else is touched."""
+    cache = torch.randn(1, 2, 2, 1, 4, device=backend.device)
+    before = cache.clone()
+    for base, offsets in ((0, [9, 10]), (-5, [1, 2]), (2**31 - 1, [3, 4])):
+        ints = ([[0, 1]], [base], [offsets], [2])
+        args = (torch.tensor(i, dtype=torch.int32).to(cache.device) for i in ints)
+        ops.compact_(cache, cache.clone(), *args)
+        assert_equal(cache, before, "cache")
 
 
 def test_opcheck() -> None:
@@ -146,6 +265,10 @@ def test_opcheck() -> None:
         ({"k_cache": lambda t: t[..., ::2]}, "k_cache must have size 64"),
         ({"v_cache": lambda t: t.double()}, "v_cache must have the dtype of k_cache"),
         ({"k_cache": lambda t: t[0]}, "k_cache must have 4 dimensions"),
+        ({"k_cache": lambda t: t[:, :0], "v_cache": lambda t: t[:, :0]}, "at least one token"),
+        ({"v_cache": lambda t: t[:-1]}, "v_cache must have the shape of k_cache"),
+        ({"positions": lambda t: t.repeat(2)[::2]}, "positions must be contiguous"),
+        ({"inv_freq": lambda t: t.double()}, "inv_freq must be float32, got float64"),
         ({"inv_freq": lambda t: torch.cat([t, t])}, "inv_freq must have at most head_dim / 2 = 32"),
     ],
 )
@@ -158,6 +281,40 @@ def test_bad_arguments(change: dict, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         run(ops.rope_append_, case, data)
     assert_equal(data["qkv"], before, "q after a refused call")
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"k_cache": lambda t: t[0]}, "compact_: k_cache must have 5 dimensions"),
+        ({"k_cache": lambda t: t[..., ::2], "v_cache": lambda t: t[..., ::2]}, "stride 1 in its"),
+        ({"k_cache": lambda t: t.int(), "v_cache": lambda t: t.int()}, "k_cache must be float32"),
+        ({"v_cache": lambda t: t.half()}, "v_cache must have the dtype of k_cache"),
+        (
+            {"k_cache": lambda t: t[:, :, :0], "v_cache": lambda t: t[:, :, :0]},
+            "at least one token",
+        ),
+        ({"page_table": lambda t: t.long()}, "page_table must be int32"),
+        ({"page_table": lambda t: t[:1]}, "page_table must have size 2"),
+        ({"base_lens": lambda t: t[:1]}, r"base_lens must have size 2 \(batch of src_offsets\)"),
+        ({"src_offsets": lambda t: t.long()}, "src_offsets must be int32"),
+        ({"src_offsets": lambda t: t.t().contiguous().t()}, "src_offsets must be contiguous"),
+        ({"num_kept": lambda t: t.float()}, "num_kept must be int32, got float32"),
+    ],
+)
+def test_bad_arguments_of_compact(change: dict, message: str) -> None:
+    data = {
+        "k_cache": torch.zeros(1, 4, 2, 1, 4),
+        "v_cache": torch.zeros(1, 4, 2, 1, 4),
+        "page_table": torch.arange(4, dtype=torch.int32).view(2, 2),
+        "base_lens": torch.zeros(2, dtype=torch.int32),
+        "src_offsets": torch.arange(2, dtype=torch.int32).repeat(2, 1),
+        "num_kept": torch.ones(2, dtype=torch.int32),
+    }
+    for name, fn in change.items():
+        data[name] = fn(data[name])
+    with pytest.raises(RuntimeError, match=message):
+        ops.compact_(**data)
 
 
 def test_compiles_with_dynamic_shapes() -> None:
@@ -180,3 +337,23 @@ def test_compiles_with_dynamic_shapes() -> None:
         expected = step(q2, k2, v2, *(copy[n] for n in names))
         assert_equal(out, expected, "compiled result")
         assert_equal(data["k_cache"], copy["k_cache"], "k_cache")
+
+
+def test_compact_compiles_with_dynamic_shapes() -> None:
+    def step(k_cache, v_cache, table, base, offsets, kept):
+        ops.compact_(k_cache, v_cache, table, base, offsets, kept)
+        return base + kept
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for batch, max_kept in ((2, 3), (3, 4), (5, 2)):
+        # Two tensors: inductor (torch 2.13) loses writes to the second of two views of one tensor.
+        k_cache, v_cache = (torch.randn(2, 4 * batch, 4, 2, 8) for _ in range(2))
+        table = torch.randperm(4 * batch).int().view(batch, 4)
+        base = torch.arange(batch, dtype=torch.int32)
+        offsets = (2 * torch.arange(max_kept, dtype=torch.int32)).repeat(batch, 1)
+        kept = torch.full((batch,), max_kept, dtype=torch.int32)
+        expected = [k_cache.clone(), v_cache.clone()]
+        reference.compact_(*expected, table, base, offsets, kept)
+        assert_equal(compiled(k_cache, v_cache, table, base, offsets, kept), base + kept, "lens")
+        assert_equal(k_cache, expected[0], "k_cache")
+        assert_equal(v_cache, expected[1], "v_cache")

@@ -1,5 +1,6 @@
 // CPU code of the cache writes, compiled once per ISA.
 #include <math.h>
+#include <string.h>
 
 #include "common/vec.h"
 #include "kv_cache/kv_cache.h"
@@ -8,6 +9,39 @@ namespace nld::NLD_ISA {
 namespace {
 
 constexpr int kMaxFreqs = 256;  // op.cpp refuses larger heads
+
+typedef double VecD __attribute__((vector_size(kLanes * 8)));
+typedef int64_t VecL __attribute__((vector_size(kLanes * 8)));
+
+// Cosine and sine of any float32 angle, error about 1e-7. The quadrant is taken off in double: angles are positions, up
+// to hundreds of thousands of radians, and float32 has no digits left there.
+NLD_INLINE void sincos(VecF angle, VecF& cosine, VecF& sine) {
+  constexpr double kTwoOverPi = 0.63661977236758134, kHalfPi = 1.57079632679489662;
+  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer held in the low bits
+  const VecD wide = __builtin_convertvector(angle, VecD);
+  const VecD rounded = wide * kTwoOverPi + kRound;
+  const VecI quadrant = __builtin_convertvector((VecL)rounded, VecI);
+  const VecF r = __builtin_convertvector(wide - (rounded - kRound) * kHalfPi, VecF);  // in [-pi/4, pi/4]
+  const VecF r2 = r * r;
+  VecF s = fma(r2, set1(-1.9515295891e-4f), set1(8.3321608736e-3f));
+  s = fma(fma(s, r2, set1(-1.6666654611e-1f)), r2 * r, r);
+  VecF c = fma(r2, set1(2.443315711809948e-5f), set1(-1.388731625493765e-3f));
+  c = fma(fma(c, r2, set1(4.166664568298827e-2f)), r2 * r2, fma(r2, set1(-0.5f), set1(1.0f)));
+  const VecI odd = (quadrant & 1) == 1;
+  cosine = as_float(as_int(odd ? s : c) ^ (((quadrant + 1) & 2) << 30));
+  sine = as_float(as_int(odd ? c : s) ^ ((quadrant & 2) << 30));
+}
+
+// Factors of one token, [num_freqs] each. The angle is one float32 product, as the published model computes it.
+NLD_INLINE void rotation(const RopeAppendParams& p, float position, float* cos, float* sin) {
+  for (int64_t i = 0; i < p.num_freqs; i += kLanes) {
+    const int n = p.num_freqs - i < kLanes ? static_cast<int>(p.num_freqs - i) : kLanes;
+    VecF c, s;
+    sincos((n == kLanes ? load(p.inv_freq + i) : load_partial(p.inv_freq + i, n, 0.0f)) * position, c, s);
+    store(cos + i, c * p.attention_scaling);  // whole registers: the arrays have room for them
+    store(sin + i, s * p.attention_scaling);
+  }
+}
 
 // y[0..n) = first half, y[n..2n) = second half of the rotated part of one head; scale multiplies all of the head.
 template <class T>
@@ -37,13 +71,7 @@ template <class T>
 void rope_append_tokens(const RopeAppendParams& p, int64_t token_begin, int64_t token_end) {
   float cos[kMaxFreqs], sin[kMaxFreqs];
   for (int64_t token = token_begin; token < token_end; ++token) {
-    // The angle is one float32 product, as the published model computes it.
-    const float position = static_cast<float>(p.positions[token]);
-    for (int64_t i = 0; i < p.num_freqs; ++i) {
-      const float angle = position * p.inv_freq[i];
-      cos[i] = cosf(angle) * p.attention_scaling;
-      sin[i] = sinf(angle) * p.attention_scaling;
-    }
+    rotation(p, static_cast<float>(p.positions[token]), cos, sin);
     float q_scale = 1.0f;
     if (p.query_scale_len > 0) {
       q_scale += p.query_scale_beta * logf(1.0f + static_cast<float>(p.positions[token] / p.query_scale_len));
@@ -78,22 +106,22 @@ void rope_append(const RopeAppendParams& p, int64_t token_begin, int64_t token_e
 void compact_one(const CompactParams& p, const PagedCache& cache, int64_t layer_stride, int64_t layer,
                  int64_t request) {
   const int32_t* pages = p.page_table + request * p.page_table_stride;
-  const int64_t row_bytes = p.head_dim * p.element_size;
-  const int64_t base = p.base_lens[request];
-  const auto at = [&](int64_t index, int64_t head) -> char* {
+  char* layer_data = static_cast<char*>(cache.data) + layer * layer_stride * p.element_size;
+  const auto entry = [&](int64_t index) -> char* {  // null where the table has no page for it
     const int64_t page = index / p.page_size;
-    if (page < 0 || page >= p.max_pages || pages[page] < 0 || pages[page] >= p.num_pages) return nullptr;
-    const int64_t offset = layer * layer_stride + pages[page] * cache.page_stride +
-                           (index % p.page_size) * cache.token_stride + head * cache.head_stride;
-    return static_cast<char*>(cache.data) + offset * p.element_size;
+    if (index < 0 || page >= p.max_pages || pages[page] < 0 || pages[page] >= p.num_pages) return nullptr;
+    return layer_data + (pages[page] * cache.page_stride + (index % p.page_size) * cache.token_stride) * p.element_size;
   };
+  const int64_t base = p.base_lens[request], head_bytes = cache.head_stride * p.element_size;
   const int64_t num_kept = p.num_kept[request] < p.max_kept ? p.num_kept[request] : p.max_kept;
   for (int64_t i = 0; i < num_kept; ++i) {
     const int64_t src = base + p.src_offsets[request * p.max_kept + i], dst = base + i;
     if (src == dst) continue;
+    const char* from = entry(src);
+    char* to = entry(dst);
+    if (from == nullptr || to == nullptr) continue;
     for (int64_t head = 0; head < p.num_kv_heads; ++head) {
-      char *from = at(src, head), *to = at(dst, head);
-      if (from != nullptr && to != nullptr) memmove(to, from, row_bytes);
+      memcpy(to + head * head_bytes, from + head * head_bytes, p.head_dim * p.element_size);
     }
   }
 }

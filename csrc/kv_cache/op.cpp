@@ -19,7 +19,8 @@ PagedCache paged_cache(const Tensor& t, int first) {
   return {t.data_ptr(), t.stride(first), t.stride(first + 1), t.stride(first + 2)};
 }
 
-void check_cache_pair(const char* op, const Tensor& k_cache, const Tensor& v_cache) {
+void check_cache_pair(const char* op, const Tensor& k_cache, const Tensor& v_cache, int64_t page_size) {
+  if (page_size < 1) fail(op, ": k_cache must have pages of at least one token, got shape ", shape_text(k_cache));
   if (shape_text(k_cache) != shape_text(v_cache)) {
     fail(op, ": v_cache must have the shape of k_cache ", shape_text(k_cache), ", got ", shape_text(v_cache));
   }
@@ -43,7 +44,7 @@ RopeAppendParams rope_append_params(const Tensor& q, const Tensor& k, const Tens
   for (int i = 0; i < 3; ++i) check_size(op, "v", v, i, k.size(i), "as k");
   check_size(op, "k_cache", k_cache, 2, num_kv_heads, "num_kv_heads of k");
   check_size(op, "k_cache", k_cache, 3, head_dim, "head_dim of q");
-  check_cache_pair(op, k_cache, v_cache);
+  check_cache_pair(op, k_cache, v_cache, page_size);
   for (const auto& [name, t] : {std::pair{"k", &k}, {"v", &v}, {"k_cache", &k_cache}}) {
     check_same_dtype(op, name, *t, "q", q);
     check_device(op, name, *t, "q", q);
@@ -106,7 +107,7 @@ CompactParams compact_params(const Tensor& k_cache, const Tensor& v_cache, const
   const auto [num_layers, num_pages, page_size, num_kv_heads, head_dim] = shape<5>(op, "k_cache", k_cache);
   const auto [batch, max_kept] = shape<2>(op, "src_offsets", src_offsets);
   const auto [table_batch, max_pages] = shape<2>(op, "page_table", page_table);
-  check_cache_pair(op, k_cache, v_cache);
+  check_cache_pair(op, k_cache, v_cache, page_size);
   float_dtype(op, "k_cache", k_cache);
   check_size(op, "page_table", page_table, 0, batch, "batch of src_offsets");
   check_dtype(op, "page_table", page_table, ScalarType::Int);
