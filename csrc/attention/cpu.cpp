@@ -1,79 +1,13 @@
-// CPU code of block attention, compiled once per ISA. docs/attention.md explains the layout.
-//
-// Lanes are query rows: scores are kept transposed [key][row], the accumulator [dim][row], so that keys and values are
-// broadcast as they lie in memory, softmax needs no horizontal step, and a row's arithmetic does not depend on its
-// neighbours. A "word" is 32 bits: one float, or two bfloat16 that one instruction multiplies and adds.
+// CPU code of block attention, compiled once per ISA: gathering, tiles of rows, splits. docs/attention.md has the
+// picture.
 #include <math.h>
 
-#include "attention/attention.h"
-#include "common/vec.h"
+#include "attention/cpu_tile.h"
 
 namespace nld::NLD_ISA {
 namespace {
 
-constexpr int kTileKeys = 128;               // keys gathered at a time
-constexpr int kPanelVecs = 2;                // registers of rows in one micro-kernel
-constexpr int kCols = kLanes == 16 ? 8 : 4;  // keys or dims in one micro-kernel
-constexpr float kInf = __builtin_inff();
-
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// ---- the two ways to multiply words ----
-
-struct DotF32 {
-  typedef float Word;
-  static constexpr int kPair = 1;  // elements of the summed dimension in a word
-  static inline __attribute__((always_inline)) VecF multiply_add(VecF a, Word b, VecF c) { return fma(a, set1(b), c); }
-};
-
-#if defined(__AVX512BF16__)
-struct DotBf16 {
-  typedef uint32_t Word;
-  static constexpr int kPair = 2;
-  static inline __attribute__((always_inline)) VecF multiply_add(VecF a, Word b, VecF c) {
-    return (VecF)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)_mm512_set1_epi32(static_cast<int>(b)));
-  }
-};
-#endif
-
-template <class T>
-struct DotFor {
-  typedef DotF32 Type;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct DotFor<bf16> {
-  typedef DotBf16 Type;
-};
-#endif
-
-// acc[col][row] += sum over steps of a[step][row] * b[step * b_step + col * b_col]; a holds kVecs registers per step.
-template <class Dot, int kVecs>
-NLD_INLINE void multiply(const float* a, const typename Dot::Word* b, int64_t num_steps, int64_t b_step, int64_t b_col,
-                         VecF (&acc)[kCols][kVecs]) {
-  for (int64_t step = 0; step < num_steps; ++step, a += kVecs * kLanes, b += b_step) {
-    VecF row[kVecs];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) row[v] = load(a + v * kLanes);
-#pragma GCC unroll 16
-    for (int col = 0; col < kCols; ++col) {
-      const typename Dot::Word word = b[col * b_col];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) acc[col][v] = Dot::multiply_add(row[v], word, acc[col][v]);
-    }
-  }
-}
-
 // ---- one work item's memory ----
-
-// Sizes that follow from the arguments alone.
-struct Shape {
-  int64_t rows;       // rows of a tile, whole registers
-  int64_t keys;       // keys of a tile, whole micro-kernels
-  int64_t dims;       // head_dim, whole micro-kernels: a column of O, and the words of a value pair
-  int64_t dim_words;  // words of one key
-};
 
 template <class Dot>
 Shape shape_of(const AttentionParams& p, int64_t max_rows, int64_t max_keys) {
@@ -81,20 +15,12 @@ Shape shape_of(const AttentionParams& p, int64_t max_rows, int64_t max_keys) {
           round_up(p.head_dim, 16), (p.head_dim + Dot::kPair - 1) / Dot::kPair};
 }
 
-// Running result of a tile: row r has maximum m[r], sum l[r] and the unnormalised output o[panel][dim][row].
-struct Accumulator {
-  float *m, *l, *o;
-};
-
 Accumulator accumulator_at(float* memory, int64_t rows) { return {memory, memory + rows, memory + 2 * rows}; }
 int64_t accumulator_floats(int64_t rows, int64_t dims) { return rows * (dims + 2); }
 
 template <class Dot>
-struct Scratch {
-  typename Dot::Word *q, *k, *v;  // q: [panel][dim word][row], k: [key][dim word], v: [key / pair][dim]
-  float* s;                       // [key][row] of one panel: scores, then probabilities
-  int32_t* view;                  // RowView of each row, field by field: [4][rows]
-  Accumulator split, total;
+struct Scratch : TileBuffers<Dot> {
+  Accumulator total;
 
   static int64_t floats(const Shape& shape) {
     return 16 + shape.rows * (round_up(shape.dim_words, 16) + 4) +
@@ -105,12 +31,12 @@ struct Scratch {
     typedef typename Dot::Word Word;
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory);
     memory += (64 - address % 64) % 64 / 4;
-    q = reinterpret_cast<Word*>(memory);
-    k = reinterpret_cast<Word*>(memory += shape.rows * round_up(shape.dim_words, 16));
-    v = reinterpret_cast<Word*>(memory += shape.keys * round_up(shape.dim_words, 16));
-    s = memory += shape.keys * shape.dims;
-    view = reinterpret_cast<int32_t*>(memory += shape.keys * kPanelVecs * kLanes);
-    split = accumulator_at(memory += 4 * shape.rows, shape.rows);
+    this->q = reinterpret_cast<Word*>(memory);
+    this->k = reinterpret_cast<Word*>(memory += shape.rows * round_up(shape.dim_words, 16));
+    this->v = reinterpret_cast<Word*>(memory += shape.keys * round_up(shape.dim_words, 16));
+    this->s = memory += shape.keys * shape.dims;
+    this->view = reinterpret_cast<int32_t*>(memory += shape.keys * kPanelVecs * kLanes);
+    this->split = accumulator_at(memory += 4 * shape.rows, shape.rows);
     total = accumulator_at(memory + accumulator_floats(shape.rows, shape.dims), shape.rows);
   }
 };
@@ -150,7 +76,6 @@ void gather_queries(const AttentionParams& p, const AttentionItem& item, const S
   }
 }
 
-NLD_INLINE void copy_floats(const float* x, float* y, int64_t n) { memcpy(y, x, n * sizeof(float)); }
 template <class T>
 NLD_INLINE void copy_floats(const T* x, float* y, int64_t n) {
   int64_t i = 0;
@@ -172,8 +97,13 @@ NLD_INLINE void gather_value(const T* x0, const T*, float* y, int64_t head_dim, 
 
 #if defined(__AVX512BF16__)
 NLD_INLINE void gather_key(const bf16* x, uint32_t* y, int64_t head_dim) {
-  if (head_dim % 2 != 0) y[head_dim / 2] = x[head_dim - 1].bits;
-  memcpy(y, x, head_dim / 2 * sizeof(uint32_t));
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= head_dim; i += 2 * kLanes) {
+    VecU words;
+    memcpy(&words, x + i, sizeof(words));
+    memcpy(y + i / 2, &words, sizeof(words));
+  }
+  for (; i < head_dim; i += 2) y[i / 2] = word_at(x, i / 2, head_dim);
 }
 NLD_INLINE void gather_value(const bf16* x0, const bf16* x1, uint32_t* y, int64_t head_dim, int64_t dims) {
   int64_t i = 0;
@@ -189,153 +119,22 @@ NLD_INLINE void gather_value(const bf16* x0, const bf16* x1, uint32_t* y, int64_
 }
 #endif
 
-// Walks the rows of one kv head of a request through its page table.
-template <class T>
-struct KvReader {
-  const T *k, *v;
-  const int32_t* table;
-  int64_t page_size, k_page, k_token, v_page, v_token;
-
-  KvReader(const AttentionParams& p, const AttentionItem& item)
-      : k(static_cast<const T*>(p.k.data) + item.kv_head * p.k.head_stride),
-        v(static_cast<const T*>(p.v.data) + item.kv_head * p.v.head_stride),
-        table(p.page_table + item.request * p.page_table_stride),
-        page_size(p.page_size),
-        k_page(p.k.page_stride),
-        k_token(p.k.token_stride),
-        v_page(p.v.page_stride),
-        v_token(p.v.token_stride) {}
-  __attribute__((always_inline)) const T* key(int64_t i) const {
-    return k + table[i / page_size] * k_page + i % page_size * k_token;
-  }
-  __attribute__((always_inline)) const T* value(int64_t i) const {
-    return v + table[i / page_size] * v_page + i % page_size * v_token;
-  }
-};
-
-// Keys [key0, key0 + num_keys) of the request; nothing past them is read, so garbage beyond seq_len stays unseen.
+// The next num_keys keys of the request; nothing past them is read, so garbage beyond seq_len stays unseen.
 template <class T, class Dot>
-void gather_tile(const KvReader<T>& reader, int64_t key0, int64_t num_keys, int64_t head_dim, const Shape& shape,
-                 Scratch<Dot>& scratch) {
-  for (int64_t i = 0; i < num_keys; ++i) gather_key(reader.key(key0 + i), scratch.k + i * shape.dim_words, head_dim);
-  for (int64_t i = 0; i < num_keys; i += Dot::kPair) {
-    const T* second = Dot::kPair == 2 && i + 1 < num_keys ? reader.value(key0 + i + 1) : nullptr;
-    gather_value(reader.value(key0 + i), second, scratch.v + i / Dot::kPair * shape.dims, head_dim, shape.dims);
-  }
-}
-
-// ---- one tile of keys for one panel of rows ----
-
-// Scales, caps and masks scores in place, returns the new maxima.
-template <int kVecs>
-NLD_INLINE void mask_scores(const AttentionParams& p, const RequestMask& mask, const int32_t* view, int64_t view_stride,
-                            int64_t key0, int64_t num_keys, bool masked, float* s, VecF (&m)[kVecs]) {
-  const bool quadratic = mask.mode == MaskMode::kQuadratic;
-  VecI dense_end[kVecs], head_end[kVecs], group_begin[kVecs], group_end[kVecs];
-  for (int v = 0; v < kVecs; ++v) {
-    memcpy(&dense_end[v], view + v * kLanes, sizeof(VecI));
-    memcpy(&head_end[v], view + view_stride + v * kLanes, sizeof(VecI));
-    memcpy(&group_begin[v], view + 2 * view_stride + v * kLanes, sizeof(VecI));
-    memcpy(&group_end[v], view + 3 * view_stride + v * kLanes, sizeof(VecI));
-  }
-  for (int64_t i = 0; i < num_keys; ++i) {
-    const int32_t key = static_cast<int32_t>(key0 + i);
-    const bool head = quadratic && is_group_head(mask, key);
-    for (int v = 0; v < kVecs; ++v) {
-      float* at = s + (i * kVecs + v) * kLanes;
-      VecF score = load(at) * p.softmax_scale;
-      if (p.softcap > 0) score = p.softcap * tanh(score / p.softcap);
-      if (masked) {
-        VecI visible = dense_end[v] > key;
-        if (quadratic) {
-          visible |= (group_begin[v] <= key) & (group_end[v] > key);
-          if (head) visible |= head_end[v] > key;
-        }
-        score = visible ? score : set1(-kInf);
-      }
-      store(at, score);
-      m[v] = score > m[v] ? score : m[v];
+void gather_tile(KvWalker& walker, int64_t num_keys, int64_t head_dim, const Shape& shape,
+                 const TileBuffers<Dot>& buffers) {
+  const int64_t dim_words = shape.dim_words, dims = shape.dims;
+  typename Dot::Word *k = buffers.k, *v = buffers.v;
+  for (int64_t i = 0; i < num_keys; i += Dot::kPair, v += dims) {
+    const char *key, *value[2] = {nullptr, nullptr};
+#pragma GCC unroll 2
+    for (int half = 0; half < Dot::kPair; ++half) {
+      if (i + half >= num_keys) break;
+      walker.next(key, value[half]);
+      gather_key(reinterpret_cast<const T*>(key), k, head_dim);
+      k += dim_words;
     }
-  }
-}
-
-// Probabilities of a panel as words: f32 in place, or pairs of keys rounded to bfloat16.
-template <int kVecs>
-NLD_INLINE void exponentiate(DotF32, float* s, int64_t num_keys, const VecF (&m)[kVecs], VecF (&l)[kVecs]) {
-  for (int64_t i = 0; i < num_keys; ++i) {
-    for (int v = 0; v < kVecs; ++v) {
-      float* at = s + (i * kVecs + v) * kLanes;
-      const VecF probability = exp(load(at) - m[v]);
-      l[v] += probability;
-      store(at, probability);
-    }
-  }
-}
-#if defined(__AVX512BF16__)
-template <int kVecs>
-NLD_INLINE void exponentiate(DotBf16, float* s, int64_t num_keys, const VecF (&m)[kVecs], VecF (&l)[kVecs]) {
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  for (int64_t i = 0; i < num_keys; i += 2) {
-    for (int v = 0; v < kVecs; ++v) {
-      const VecF first = exp(load(s + (i * kVecs + v) * kLanes) - m[v]);
-      VecF second = {};
-      if (i + 1 < num_keys) second = exp(load(s + ((i + 1) * kVecs + v) * kLanes) - m[v]);
-      l[v] += first;
-      l[v] += second;
-      const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-      // Row i / 2 of pairs lies at or before the scores just read.
-      store(s + (i / 2 * kVecs + v) * kLanes, (VecF)_mm512_permutexvar_epi16(interleave, halves));
-    }
-  }
-}
-#endif
-
-template <class Dot, int kVecs>
-void panel_tile(const AttentionParams& p, const RequestMask& mask, const Shape& shape, const Scratch<Dot>& scratch,
-                int64_t row0, int64_t key0, int64_t num_keys, bool masked) {
-  constexpr int kWidth = kVecs * kLanes;
-  const float* q = reinterpret_cast<const float*>(scratch.q + row0 * shape.dim_words);
-  for (int64_t key = 0; key < num_keys; key += kCols) {
-    VecF acc[kCols][kVecs] = {};
-    multiply<Dot, kVecs>(q, scratch.k + key * shape.dim_words, shape.dim_words, 1, shape.dim_words, acc);
-#pragma GCC unroll 16
-    for (int col = 0; col < kCols; ++col) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) store(scratch.s + (key + col) * kWidth + v * kLanes, acc[col][v]);
-    }
-  }
-
-  VecF m[kVecs], l[kVecs], m_old[kVecs], decay[kVecs];
-  for (int v = 0; v < kVecs; ++v) {
-    m[v] = m_old[v] = load(scratch.split.m + row0 + v * kLanes);
-    l[v] = load(scratch.split.l + row0 + v * kLanes);
-  }
-  mask_scores<kVecs>(p, mask, scratch.view + row0, shape.rows, key0, num_keys, masked, scratch.s, m);
-  for (int v = 0; v < kVecs; ++v) {
-    store(scratch.split.m + row0 + v * kLanes, m[v]);
-    m[v] = m[v] == -kInf ? VecF{} : m[v];  // a row that has seen nothing: exp(-inf - 0) = 0 and no NaN
-    decay[v] = exp(m_old[v] - m[v]);
-    l[v] *= decay[v];
-  }
-  exponentiate<kVecs>(Dot(), scratch.s, num_keys, m, l);
-  for (int v = 0; v < kVecs; ++v) store(scratch.split.l + row0 + v * kLanes, l[v]);
-
-  float* o = scratch.split.o + row0 * shape.dims;
-  const int64_t num_steps = (num_keys + Dot::kPair - 1) / Dot::kPair;
-  for (int64_t dim = 0; dim < shape.dims; dim += kCols) {
-    VecF acc[kCols][kVecs];
-#pragma GCC unroll 16
-    for (int col = 0; col < kCols; ++col) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) acc[col][v] = load(o + (dim + col) * kWidth + v * kLanes) * decay[v];
-    }
-    multiply<Dot, kVecs>(scratch.s, scratch.v + dim, num_steps, shape.dims, 1, acc);
-#pragma GCC unroll 16
-    for (int col = 0; col < kCols; ++col) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) store(o + (dim + col) * kWidth + v * kLanes, acc[col][v]);
-    }
+    gather_value(reinterpret_cast<const T*>(value[0]), reinterpret_cast<const T*>(value[1]), v, head_dim, dims);
   }
 }
 
@@ -365,36 +164,42 @@ void clear(const Accumulator& acc, int64_t rows, int64_t dims) {
 template <class T, class Dot>
 void run_split(const AttentionParams& p, const AttentionItem& item, int64_t split, const Shape& shape,
                Scratch<Dot>& scratch) {
+  constexpr int64_t kPanelRows = kPanelVecs * kLanes;
   const RequestMask mask = request_mask(p, item.request);
-  const KvReader<T> reader(p, item);
-  const int64_t rows = round_up(item.num_rows, kLanes);
+  const int64_t rows = round_up(item.num_rows, kLanes), num_panels = (rows + kPanelRows - 1) / kPanelRows;
   clear(scratch.split, rows, shape.dims);
   // Ends over each panel: keys everybody sees, keys anybody sees.
-  int64_t dense_end[kAttentionTileRows / kLanes + 1], any_end[kAttentionTileRows / kLanes + 1];
-  int64_t last = 0;
-  for (int64_t row0 = 0, panel = 0; row0 < rows; row0 += kPanelVecs * kLanes, ++panel) {
+  int64_t dense_end[kAttentionTileRows / kPanelRows + 1], any_end[kAttentionTileRows / kPanelRows + 1];
+  int64_t item_end = 0;
+  for (int64_t row0 = 0, panel = 0; row0 < rows; row0 += kPanelRows, ++panel) {
     dense_end[panel] = mask.seq_len;
     any_end[panel] = 0;
-    for (int64_t r = row0; r < min64(row0 + kPanelVecs * kLanes, item.num_rows); ++r) {
+    for (int64_t r = row0; r < min64(row0 + kPanelRows, item.num_rows); ++r) {
       const RowView view = {scratch.view[r], scratch.view[shape.rows + r], scratch.view[2 * shape.rows + r],
                             scratch.view[3 * shape.rows + r]};
       const int64_t end = view_end(view);
       if (view.dense_end < dense_end[panel]) dense_end[panel] = view.dense_end;
       if (end > any_end[panel]) any_end[panel] = end;
     }
-    if (any_end[panel] > last) last = any_end[panel];
+    if (any_end[panel] > item_end) item_end = any_end[panel];
   }
-  last = min64(last, (split + 1) * p.split_len);
-  for (int64_t key0 = split * p.split_len; key0 < last; key0 += kTileKeys) {
-    const int64_t num_keys = min64(kTileKeys, last - key0);
-    gather_tile<T, Dot>(reader, key0, num_keys, p.head_dim, shape, scratch);
-    for (int64_t row0 = 0, panel = 0; row0 < rows; row0 += kPanelVecs * kLanes, ++panel) {
+  const int64_t last = min64(item_end, (split + 1) * p.split_len);
+  const int64_t first = split * p.split_len;
+  if (first >= last) return;
+  KvWalker walker(p, item, sizeof(T));
+  Prefetcher prefetcher{walker, p.head_dim * static_cast<int64_t>(sizeof(T))};
+  walker.seek(first);
+  for (int64_t key0 = first; key0 < last; key0 += kTileKeys) {
+    const int64_t num_keys = min64(kTileKeys, last - key0), next = key0 + num_keys;
+    gather_tile<T, Dot>(walker, num_keys, p.head_dim, shape, scratch);
+    prefetcher.start(next, min64(kTileKeys, item_end - next), num_panels * (kTileKeys + shape.dims) / kCols);
+    for (int64_t row0 = 0, panel = 0; row0 < rows; row0 += kPanelRows, ++panel) {
       if (any_end[panel] <= key0) continue;
       const bool masked = dense_end[panel] < key0 + num_keys;
-      if (rows - row0 >= kPanelVecs * kLanes) {
-        panel_tile<Dot, kPanelVecs>(p, mask, shape, scratch, row0, key0, num_keys, masked);
+      if (rows - row0 >= kPanelRows) {
+        panel_tile<Dot, kPanelVecs>(p, mask, shape, scratch, row0, key0, num_keys, masked, prefetcher);
       } else {
-        panel_tile<Dot, 1>(p, mask, shape, scratch, row0, key0, num_keys, masked);
+        panel_tile<Dot, 1>(p, mask, shape, scratch, row0, key0, num_keys, masked, prefetcher);
       }
     }
   }
