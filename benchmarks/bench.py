@@ -75,8 +75,8 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time the functions in turns (a, b, a, b, ...) until the budget is spent.
 
-    At least `min_runs` runs each whatever the budget. Odd rounds go through the functions backwards,
-    so that none of them always follows the same neighbour.
+    At least `min_runs` runs each whatever the budget. Odd rounds go through the functions
+    backwards, so that none of them always follows the same neighbour.
     """
     for function in functions.values():
         for _ in range(warmup):
@@ -159,7 +159,8 @@ def _cpu_name() -> str:
             fields.setdefault(name.strip(), value.strip())
     except OSError:
         return platform.processor()
-    return f"{fields.get('model name', '?')} family {fields.get('cpu family')} model {fields.get('model')}"
+    family, model = fields.get("cpu family"), fields.get("model")
+    return f"{fields.get('model name', '?')} family {family} model {model}"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -202,7 +203,7 @@ class Report:
         flops: float | None = None,
         **extra: Any,
     ) -> None:
-        """Add one case. `num_bytes`, `flops`: what our op must move and compute, by its own formula.
+        """Add one case. `num_bytes`, `flops`: what our op must move and compute, by its formula.
 
         Every other timing is a baseline; its `x` column is baseline median / our median (above 1:
         we are faster).

@@ -69,7 +69,10 @@ ATTENTION_CORRECT = [
     AttentionCase("long", (Request(32, 2500, FULL), Request(3, 1025)), heads=8, dim=16),
     AttentionCase(
         "block-causal-phases",
-        tuple(Request(20, 61, BLOCK_CAUSAL, block_len=6, phase=phase) for phase in (0, 1, 5, 6, -1, -7)),
+        tuple(
+            Request(20, 61, BLOCK_CAUSAL, block_len=6, phase=phase)
+            for phase in (0, 1, 5, 6, -1, -7)
+        ),
     ),
     AttentionCase("block-16-groups", (Request(16 * 17, 16 * 17 + 30, QUADRATIC, block_len=16),)),
 ]
@@ -78,8 +81,14 @@ ATTENTION_CORNER = [
     AttentionCase("empty-batch", ()),
     AttentionCase("empty-batch-with-rows", (), extra_rows=5),
     AttentionCase("no-rows", (Request(0, 20), Request(0, 0))),
-    AttentionCase("seq-len-0", (Request(5, 0, FULL), Request(3, 9), Request(2, 0), Request(4, 0, QUADRATIC, 1))),
-    AttentionCase("more-rows-than-keys", (Request(9, 4), Request(9, 4, BLOCK_CAUSAL, 3, 1), Request(9, 4, FULL))),
+    AttentionCase(
+        "seq-len-0",
+        (Request(5, 0, FULL), Request(3, 9), Request(2, 0), Request(4, 0, QUADRATIC, 1)),
+    ),
+    AttentionCase(
+        "more-rows-than-keys",
+        (Request(9, 4), Request(9, 4, BLOCK_CAUSAL, 3, 1), Request(9, 4, FULL)),
+    ),
     AttentionCase("more-rows-than-keys-groups", (Request(9, 4, QUADRATIC, block_len=2),)),
     AttentionCase("one-key", (Request(1, 1), Request(1, 1, FULL))),
     AttentionCase("pages-exactly-full", (Request(16, 32), Request(16, 16, FULL))),
@@ -92,7 +101,12 @@ ATTENTION_CORNER = [
 # The shape of the 3B to 14B models: 32 query tokens against a context.
 ATTENTION_PERF = [
     AttentionCase(
-        f"{rows}x{context}", (Request(rows, context, FULL),), heads=32, kv_heads=8, dim=128, page_size=16
+        f"{rows}x{context}",
+        (Request(rows, context, FULL),),
+        heads=32,
+        kv_heads=8,
+        dim=128,
+        page_size=16,
     )
     for rows in (32, 1)
     for context in (1024, 2048, 4096, 8192)

@@ -11,7 +11,7 @@
 namespace nld::NLD_ISA {
 namespace {
 
-constexpr int kTileKeys = 128;               // keys gathered at a time
+constexpr int kTileKeys = 64;               // keys gathered at a time
 constexpr int kPanelVecs = 2;                // registers of rows in one micro-kernel
 constexpr int kCols = kLanes == 16 ? 8 : 4;  // keys or dims in one micro-kernel
 constexpr float kInf = __builtin_inff();
