@@ -156,9 +156,9 @@ std::vector<RowTask> list_rows(const VerifyParams& p, std::vector<int64_t>& verd
 
 // Calls fn(i) for i in 0 .. count on several threads, each taking the next i when it is free.
 template <class Fn>
-void for_each_dynamic(int64_t count, int64_t elements_each, const Fn& fn) {
-  constexpr int64_t kElementsPerThread = 65536;  // below that, waking a thread costs more than it saves
-  const int64_t wanted = 1 + count * elements_each / kElementsPerThread;
+void for_each_dynamic(int64_t count, double us_each, const Fn& fn) {
+  constexpr double kUsPerThread = 50;  // below that, waking a thread costs more than it saves
+  const auto wanted = static_cast<int64_t>(1 + count * us_each / kUsPerThread);
   const int64_t threads = std::min<int64_t>({wanted, count, torch::stable::get_num_threads()});
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
@@ -171,11 +171,12 @@ void verify_rows_cpu(const VerifyParams& p) {
   const VerifyCpu& cpu = cpu_kernels();
   std::vector<int64_t> verdicts(p.rows, kAccepted);
   const std::vector<RowTask> tasks = list_rows(p, verdicts);
-  const int64_t slices = (p.vocab + cpu.slice_len - 1) / cpu.slice_len, slice_len = std::min(p.vocab, cpu.slice_len);
+  const int64_t slices = (p.vocab + cpu.slice_len - 1) / cpu.slice_len;
+  const double us_per_slice = std::min(p.vocab, cpu.slice_len) * (p.temperature != nullptr ? 5e-4 : 1e-4);
   std::vector<RowPart> parts(tasks.size() * slices);
   std::vector<std::atomic<int64_t>> slices_done(tasks.size()), num_open(p.batch);
   for (auto& rows : num_open) rows = INT64_MAX;  // rows of the request that its walk may still reach
-  for_each_dynamic(tasks.size() * slices, slice_len, [&](int64_t item) {
+  for_each_dynamic(tasks.size() * slices, us_per_slice, [&](int64_t item) {
     const int64_t task_idx = item / slices, slice = item % slices;
     const RowTask& task = tasks[task_idx];
     if (task.index >= num_open[task.request]) return;
@@ -195,7 +196,7 @@ void verify_rows_cpu(const VerifyParams& p) {
     if (verdicts[tasks[i].row] == kResidual && num_open[tasks[i].request] == tasks[i].index + 1) residuals.push_back(i);
   }
   std::vector<RowPart> residual_parts(residuals.size() * slices);
-  for_each_dynamic(residuals.size() * slices, slice_len, [&](int64_t item) {
+  for_each_dynamic(residuals.size() * slices, us_per_slice, [&](int64_t item) {
     const RowTask& task = tasks[residuals[item / slices]];
     cpu.residual_slice(p, task.request, task.row, &parts[residuals[item / slices] * slices], item % slices,
                        residual_parts[item]);
