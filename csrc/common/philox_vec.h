@@ -14,7 +14,7 @@ using nld::philox_words;
 
 typedef uint64_t VecU64 __attribute__((vector_size(kLanes * 4)));  // kLanes / 2 lanes
 
-constexpr int kNoiseStep = 2 * kLanes;  // token ids one call of philox_words() serves
+constexpr int kNoiseStep = 2 * kLanes;  // token ids of one group of counters
 
 // Product of the low 32 bits of each 64-bit lane.
 NLD_INLINE VecU64 mul_low(VecU64 a, uint32_t b) {
@@ -31,32 +31,46 @@ NLD_INLINE VecU64 mul_low(VecU64 a, uint32_t b) {
 #endif
 }
 
-// Words of token ids first .. first + kNoiseStep, kLanes in each of `low` and `high`. `first` is a multiple of 4.
-NLD_INLINE void philox_words(const NoiseKey& key, int64_t first, VecU& low, VecU& high) {
+// Words of token ids first .. first + kGroups * kNoiseStep, kLanes in each register. `first` is a multiple of 4. Every
+// round waits for the one before it, so two groups at once take much less time than one after the other.
+template <int kGroups>
+NLD_INLINE void philox_words(const NoiseKey& key, int64_t first, VecU* words) {
   // One counter per 64-bit lane; only the low half of a lane counts, so the high halves may hold anything.
-  VecU64 c0, c1 = VecU64{} + key.position, c2 = VecU64{} + key.purpose, c3 = {};
-  for (int i = 0; i < kLanes / 2; ++i) c0[i] = i;
-  c0 += static_cast<uint64_t>(first / 4);
+  VecU64 c0[kGroups], c1[kGroups], c2[kGroups], c3[kGroups];
+  VecU64 lanes;
+  for (int i = 0; i < kLanes / 2; ++i) lanes[i] = i;
+  for (int g = 0; g < kGroups; ++g) {
+    c0[g] = lanes + static_cast<uint64_t>(first / 4 + g * (kLanes / 2));
+    c1[g] = VecU64{} + key.position;
+    c2[g] = VecU64{} + key.purpose;
+    c3[g] = VecU64{};
+  }
   uint32_t key0 = static_cast<uint32_t>(key.seed), key1 = static_cast<uint32_t>(key.seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < kPhiloxRounds; ++round, key0 += kPhiloxW0, key1 += kPhiloxW1) {
-    const VecU64 p0 = mul_low(c0, kPhiloxM0), p1 = mul_low(c2, kPhiloxM1);
-    c0 = (p1 >> 32) ^ c1 ^ key0;
-    c2 = (p0 >> 32) ^ c3 ^ key1;
-    c1 = p1;
-    c3 = p0;
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroups; ++g) {
+      const VecU64 p0 = mul_low(c0[g], kPhiloxM0), p1 = mul_low(c2[g], kPhiloxM1);
+      c0[g] = (p1 >> 32) ^ c1[g] ^ key0;
+      c2[g] = (p0 >> 32) ^ c3[g] ^ key1;
+      c1[g] = p1;
+      c3[g] = p0;
+    }
   }
-  const VecU64 even = (c0 & 0xffffffffu) | (c1 << 32), odd = (c2 & 0xffffffffu) | (c3 << 32);
+#pragma GCC unroll 2
+  for (int g = 0; g < kGroups; ++g) {
+    const VecU64 even = (c0[g] & 0xffffffffu) | (c1[g] << 32), odd = (c2[g] & 0xffffffffu) | (c3[g] << 32);
 #if defined(__AVX512F__)
-  low = (VecU)__builtin_shufflevector(even, odd, 0, 8, 1, 9, 2, 10, 3, 11);
-  high = (VecU)__builtin_shufflevector(even, odd, 4, 12, 5, 13, 6, 14, 7, 15);
+    words[2 * g] = (VecU)__builtin_shufflevector(even, odd, 0, 8, 1, 9, 2, 10, 3, 11);
+    words[2 * g + 1] = (VecU)__builtin_shufflevector(even, odd, 4, 12, 5, 13, 6, 14, 7, 15);
 #elif defined(__AVX2__)
-  low = (VecU)__builtin_shufflevector(even, odd, 0, 4, 1, 5);
-  high = (VecU)__builtin_shufflevector(even, odd, 2, 6, 3, 7);
+    words[2 * g] = (VecU)__builtin_shufflevector(even, odd, 0, 4, 1, 5);
+    words[2 * g + 1] = (VecU)__builtin_shufflevector(even, odd, 2, 6, 3, 7);
 #else
-  low = (VecU)__builtin_shufflevector(even, odd, 0, 2);
-  high = (VecU)__builtin_shufflevector(even, odd, 1, 3);
+    words[2 * g] = (VecU)__builtin_shufflevector(even, odd, 0, 2);
+    words[2 * g + 1] = (VecU)__builtin_shufflevector(even, odd, 1, 3);
 #endif
+  }
 }
 
 NLD_INLINE VecF int_to_float(VecI x) { return __builtin_convertvector(x, VecF); }

@@ -197,21 +197,29 @@ static void scan_argmax(const Values& values, int64_t begin, int64_t end, const 
 template <class Values>
 static void scan_gumbel(const Values& values, int64_t begin, int64_t end, const NoiseKey& key, const Banned& banned,
                         Best& best) {
-  VecU low, high = {};
-  int64_t next = begin;
-  bool second = false;
-  for_each_vec(values, begin, end, [&](int64_t i, VecF v) __attribute__((always_inline)) {
-    if (!second) {
-      philox_words(key, next, low, high);
-      next += kNoiseStep;
+  constexpr int kVecs = 4;
+  for (int64_t i = begin; i < end; i += kVecs * kLanes) {
+    VecF v[kVecs];
+    if (i + kVecs * kLanes <= end) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kVecs; ++k) v[k] = values.vec(i + k * kLanes);
+    } else {
+      for (int k = 0; k < kVecs; ++k) {
+        const int64_t left = end - (i + k * kLanes);
+        v[k] = left > 0 ? values.partial(i + k * kLanes, left < kLanes ? static_cast<int>(left) : kLanes) : set1(-kInf);
+      }
     }
-    const VecU words = second ? high : low;
-    second = !second;
-    if (any(v + gumbel_bound(words) > best.value)) {
-      const VecF noisy = v + gumbel(words);
-      if (any(noisy > best.value)) take_better(best, noisy, i, banned);
+    VecU words[kVecs];
+    philox_words<kVecs / 2>(key, i, words);
+    VecF bound = set1(-kInf);
+#pragma GCC unroll 4
+    for (int k = 0; k < kVecs; ++k) bound = max(v[k] + gumbel_bound(words[k]), bound);
+    if (!any(bound > best.value)) continue;
+    for (int k = 0; k < kVecs; ++k) {
+      const VecF noisy = v[k] + gumbel(words[k]);
+      if (any(noisy > best.value)) take_better(best, noisy, i + k * kLanes, banned);
     }
-  });
+  }
 }
 
 // ---- softmax sums ----

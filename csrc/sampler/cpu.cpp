@@ -201,7 +201,7 @@ void gumbel_noise(const GumbelNoiseParams& p, int64_t row_begin, int64_t row_end
     float* out = p.noise + row * p.noise_row_stride;
     for (int64_t i = 0; i < p.vocab; i += kNoiseStep) {
       VecU words[2];
-      philox_words(key, i, words[0], words[1]);
+      philox_words<1>(key, i, words);
       for (int half = 0; half < 2; ++half) {
         const int64_t left = p.vocab - i - half * kLanes;
         if (left <= 0) break;
