@@ -255,10 +255,8 @@ def test_hopeless_rows_come_last_but_do_come(backend) -> None:
         assert result["is_masked"].tolist() == [False, True], rule.name
 
 
-@pytest.mark.parametrize("rule", [CommitRule.ALL, CommitRule.ENTROPY], ids=str)
-@pytest.mark.parametrize("vocab", [700, 2**14 + 2**12])
-def test_logits_far_from_zero(vocab: int, rule: CommitRule, backend) -> None:
-    """Softmax sums keep a running reference: rows that climb, jump, start at -inf, lie far out."""
+def far_logits(vocab: int) -> torch.Tensor:
+    """Rows that climb, jump, start at -inf, lie far out: sums keep a running reference."""
     noise, climb = torch.randn(10, vocab), torch.linspace(-300, 300, vocab)
     noise[0] += 1000
     noise[1] -= 1000
@@ -270,10 +268,38 @@ def test_logits_far_from_zero(vocab: int, rule: CommitRule, backend) -> None:
     noise[7] = noise[7] * 1e3 + 5e6
     noise[8, vocab // 2] = 1e38
     noise[9, ::2] = torch.nan
-    data = small(noise, rule, threshold=vocab * 20.0)
+    return noise
+
+
+@pytest.mark.parametrize("vocab", [700, 2**14 + 2**12])
+def test_logits_far_from_zero(vocab: int, backend) -> None:
+    noise = far_logits(vocab)
+    data = small(noise)
     plain = run(reference.commit_, data)
     exact = run(reference.commit_, data | {"logits": noise.double()})
     assert_same_result(run(ops.commit_, data, backend.device), plain, exact)
+
+
+@pytest.mark.parametrize("vocab", [700, 2**14 + 2**12])
+def test_entropy_to_four_digits(vocab: int, backend) -> None:
+    """Of two rows the flat one is revealed only if the other has at most the threshold."""
+    rows = torch.cat(
+        [far_logits(vocab), torch.randn(6, vocab) * torch.linspace(0.5, 9, 6)[:, None]]
+    )
+    rows[2:4] /= 100  # climb slowly enough to keep some entropy
+    log_probs = reference.clean_logits(rows).double().log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1)
+    num = rows.shape[0]
+    pairs = torch.stack([rows, torch.zeros(num, vocab)], 1).flatten(0, 1)
+    margin = 1e-4 * entropy + 1e-5
+    for threshold, revealed in ((entropy + margin, 2), (entropy - margin, 1)):
+        data = small(pairs) | {
+            "cu_seqlens": torch.arange(0, 2 * num + 1, 2).int(),
+            "rule": torch.full((num,), CommitRule.ENTROPY).int(),
+            "threshold": threshold.float(),
+        }
+        result = run(ops.commit_, data, backend.device)
+        assert result["num_committed"].tolist() == [revealed] * num
 
 
 def test_confidence_is_accurate_relative_to_its_size(backend) -> None:
@@ -282,6 +308,23 @@ def test_confidence_is_accurate_relative_to_its_size(backend) -> None:
     confidence = run(ops.commit_, small(logits), backend.device)["confidence"].cpu()
     error = (confidence.double() / exact - 1).abs().max()
     assert error < 4e-6  # equal logits on 4 lanes are the worst
+
+
+def test_ties_and_banned_ids_at_every_edge(backend) -> None:
+    """Equal largest logits in one register, at the ends of chunks and slices; one banned."""
+    vocab = 16384 + 4096 + 5
+    spots = [0, 1, 4, 2047, 2048, 2049, 5000, 5003, 16383, 16384, 18431, vocab - 2, vocab - 1]
+    pairs = [(a, b) for a in spots for b in spots if a < b]
+    logits = torch.zeros(len(pairs), vocab)
+    for row, pair in enumerate(pairs):
+        logits[row, list(pair)] = 5.0
+    data = small(logits, banned_token_ids=torch.tensor([-1]))
+    result = run(ops.commit_, data, backend.device)
+    assert result["candidates"].tolist() == [a for a, _ in pairs]
+    for spot in spots:
+        data["banned_token_ids"] = torch.tensor([vocab, spot])
+        expected = [b if a == spot else a for a, b in pairs]
+        assert run(ops.commit_, data, backend.device)["candidates"].tolist() == expected, spot
 
 
 def test_everything_banned_takes_id_0(backend) -> None:
