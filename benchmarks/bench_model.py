@@ -178,7 +178,8 @@ def main() -> None:
     for rows in (1, 8, 16, 32):
         inputs = Inputs.random(model, rows)
         ours, plain = forward_call(model, inputs), torch_call(model, inputs)
-        assert (ours() - plain()).norm() <= 1e-2 * plain().norm(), "both must compute the same"
+        allowed = (1e-4 if dtype == torch.float32 else 0.1) * plain().norm()
+        assert (ours() - plain()).norm() <= allowed, "both must compute the same"
         timings = bench.interleave(
             {
                 "nld": ours,
