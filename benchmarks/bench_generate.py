@@ -37,7 +37,9 @@ def heldout(per_kind: int) -> list[dict[str, str]]:
     for line in path.read_text().splitlines():
         problem = json.loads(line)
         kinds.setdefault(problem["kind"], []).append(problem)
-    return [p for group in zip(*kinds.values(), strict=False) for p in group][: per_kind * len(kinds)]
+    return [p for group in zip(*kinds.values(), strict=False) for p in group][
+        : per_kind * len(kinds)
+    ]
 
 
 def decode_all(

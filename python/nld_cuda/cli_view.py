@@ -139,7 +139,9 @@ def print_comparison(record: dict[str, Any]) -> None:
     ar_speed = ar["stats"]["tokens_per_second"]
     for row in record["modes"]:
         stats = row["stats"]
-        same = "" if row is ar else "equal to ar" if row["text"] == ar["text"] else "differs from ar"
+        same = (
+            "" if row is ar else "equal to ar" if row["text"] == ar["text"] else "differs from ar"
+        )
         if "correct" in row:
             same = ("right" if row["correct"] else "wrong") + (f", {same}" if same else "")
         speed = stats["tokens_per_second"]
