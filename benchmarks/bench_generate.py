@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import RESULTS, environment, table
 
 import nld_cuda
+from bench import RESULTS, environment, table
 
 MODES: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},

@@ -177,7 +177,7 @@ def run_generate(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(result_record(result, args.mode)))
         else:
-            print(result.text[0])
+            print(text_of(result))
         return 0
     from nld_cuda import cli_view
 
@@ -186,6 +186,13 @@ def run_generate(args: argparse.Namespace) -> int:
     if stats is not None:
         print(cli_view.stats_line(args.mode, stats), file=sys.stderr)
     return 0
+
+
+def text_of(result: Any) -> str:
+    """Return the text of a single result; a checkpoint without tokenizer has none."""
+    if result.text is None:
+        raise ValueError("model must have a tokenizer.json to print text, got none: use --json")
+    return str(result.text[0])
 
 
 def result_record(result: Any, mode: str) -> dict[str, Any]:

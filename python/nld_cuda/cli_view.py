@@ -149,7 +149,8 @@ def print_comparison(record: dict[str, Any]) -> None:
         print(
             f"{row['mode']:15s}{stats['new_tokens']:7d}{stats['nfe']:9d}"
             f"{_number(stats['tokens_per_forward'], 2):>15s}"
-            f"{_number(stats['tokens_per_cycle'], 2):>13s}{_number(speed, 0):>10s}{ratio:>6s}  {same}"
+            f"{_number(stats['tokens_per_cycle'], 2):>13s}{_number(speed, 0):>10s}"
+            f"{ratio:>6s}  {same}"
         )
     print()
     for row in record["modes"][1:]:
