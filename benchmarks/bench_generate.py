@@ -2,8 +2,8 @@
 
 Usage: python benchmarks/bench_generate.py [--problems N] [--batch 1 8] [--rounds 5]
 
-The held-out problems that ship with the model are decoded in every mode in turns, so that noise hits all
-of them alike. Answers are compared: a fast mode that writes other text than ar is told apart.
+The held-out problems that ship with the model are decoded in every mode in turns, so that noise
+hits all of them alike. Answers are compared: text that differs from ar's is told apart.
 """
 
 from __future__ import annotations
