@@ -119,6 +119,8 @@ def test_info(capsys: Any) -> None:
         (["generate", "x", "--mode", "diffusion", "--block-length", "0"], "block_length"),
         (["generate", "x", "--mode", "diffusion", "--threshold", "1.5"], "threshold"),
         (["generate", "x", "--temperature", "-1"], "temperature"),
+        (["generate", "x", "--mode", "ar", "--block-length", "8"], "block_length"),
+        (["generate", "x", "--mode", "quadratic-spec", "--threshold", "0.5"], "threshold"),
         (["generate", "x", "--device", "cuda"], "cuda"),
         (["compare", "x", "--demo"], "--demo"),
     ],

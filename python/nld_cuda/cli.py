@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+DEFAULT_THRESHOLD = 0.9
 MODES = ("ar", "diffusion", "linear-spec", "quadratic-spec")
 
 GENERATE_EXAMPLES = """examples:
@@ -105,8 +106,9 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens per diffusion block (default: the model's own)",
     )
     parser.add_argument(
-        "--threshold", type=float, default=0.9, metavar="P",
-        help="diffusion commits tokens of at least this confidence (default: %(default)s)",
+        "--threshold", type=float, metavar="P",
+        help="diffusion: commit tokens of at least this confidence (default: "
+        f"{DEFAULT_THRESHOLD}); linear-spec: drafts below it wait for another pass (default: none)",
     )  # fmt: skip
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)"
@@ -150,17 +152,22 @@ def load_model(args: argparse.Namespace) -> Any:
     return model
 
 
-def decode_options(args: argparse.Namespace, mode: str) -> dict[str, Any]:
-    """Translate command-line names into those of `nld_cuda.generate`."""
+def decode_options(args: argparse.Namespace, mode: str, *, all_modes: bool) -> dict[str, Any]:
+    """Translate command-line names into those of `nld_cuda.generate`.
+
+    With all_modes, options that this mode has no use for are left out; else the library refuses them.
+    """
     options: dict[str, Any] = {
         "mode": mode.replace("-", "_"),
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
         "seed": args.seed,
     }
-    if args.block_length is not None and mode != "ar":
+    if args.block_length is not None and not (all_modes and mode == "ar"):
         options["block_length"] = args.block_length
     if mode == "diffusion":
+        options["threshold"] = DEFAULT_THRESHOLD if args.threshold is None else args.threshold
+    elif args.threshold is not None and not all_modes:
         options["threshold"] = args.threshold
     return options
 
@@ -171,7 +178,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
     prompt = read_prompt(args)
     model = load_model(args)
-    options = decode_options(args, args.mode)
+    options = decode_options(args, args.mode, all_modes=False)
     if args.json or args.no_stream:
         result = nld_cuda.generate(model, [prompt], **options)
         if args.json:
@@ -218,7 +225,7 @@ def run_compare(args: argparse.Namespace) -> int:
     else:
         problems = [{"prompt": read_prompt(args), "answer": None, "kind": None}]
     model = load_model(args)
-    runs = [(mode, decode_options(args, mode)) for mode in MODES]
+    runs = [(mode, decode_options(args, mode, all_modes=True)) for mode in MODES]
     # Two first rounds are not counted: they pay for page faults and torch's own set-up.
     for mode_options in (options for _, options in runs):
         nld_cuda.generate(model, [problems[0]["prompt"]], **{**mode_options, "max_new_tokens": 16})
