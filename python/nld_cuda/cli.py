@@ -155,7 +155,7 @@ def load_model(args: argparse.Namespace) -> Any:
 def decode_options(args: argparse.Namespace, mode: str, *, all_modes: bool) -> dict[str, Any]:
     """Translate command-line names into those of `nld_cuda.generate`.
 
-    With all_modes, options that this mode has no use for are left out; else the library refuses them.
+    With all_modes, options this mode has no use for are left out; else the library refuses.
     """
     options: dict[str, Any] = {
         "mode": mode.replace("-", "_"),
