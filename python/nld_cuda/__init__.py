@@ -1,13 +1,11 @@
 """Tri-mode language models: autoregressive, diffusion, self-speculation; one set of weights."""
 
-from nld_cuda import (
-    _library as _library,
-)  # first: says plainly when torch or the library is missing
+# isort: off
+from nld_cuda import _library as _library  # first: it says plainly when torch is missing
+
+# isort: on
 from nld_cuda import ops as ops
 from nld_cuda import reference as reference
-
-__version__ = _library.VERSION
-
 from nld_cuda.api import NLDModel as NLDModel
 from nld_cuda.api import load as load
 from nld_cuda.decode.generate import GenerateResult as GenerateResult
@@ -15,3 +13,4 @@ from nld_cuda.decode.generate import generate as generate
 from nld_cuda.decode.stats import DecodeStats as DecodeStats
 from nld_cuda.decode.stream import StreamEvent as StreamEvent
 from nld_cuda.decode.stream import stream as stream
+from nld_cuda.version import __version__ as __version__

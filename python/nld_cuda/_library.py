@@ -13,7 +13,6 @@ except ModuleNotFoundError:
         "nld_cuda: torch >= 2.11 must be installed, found none: pip install torch"
     ) from None
 
-VERSION = "0.1.0"
 LIBRARY_PATH = Path(__file__).with_name("libnld_ops.so")
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from nld_cuda import _library
-
-VERSION = "0.1.0"
+from nld_cuda.version import __version__
 
 
 def build_info() -> dict[str, Any]:
@@ -24,7 +23,7 @@ def build_info() -> dict[str, Any]:
             major, minor = torch.cuda.get_device_capability(index)
             devices.append(f"cuda:{index} {torch.cuda.get_device_name(index)} (sm_{major}{minor})")
     return {
-        "nld_cuda": VERSION,
+        "nld_cuda": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu_isa": c.cpu_isa() if c is not None else "unknown",

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from nld_cuda import _library
 from nld_cuda.decode.state import DecodeState, Pass
+from nld_cuda.version import __version__
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def collect(
         spec_sampling=spec_sampling if speculative and state.any_sampled else None,
         lora=lora,
         versions={
-            "nld_cuda": _library.VERSION,
+            "nld_cuda": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
