@@ -34,7 +34,7 @@ class Autoregressive:
         rows.place(state)
         rows.tokens[:, 0] = state.next_tokens
         state.count(Pass.VERIFY, ~state.done)
-        logits = run_rows(self.model, self.cache, state, rows, self._mask_mode)
+        logits = run_rows(self.model.forward, self.cache, state, rows, self._mask_mode)
         judge(
             self.ops, state, logits, rows.tokens.view(-1), rows.cu_seqlens, self._verify_mode,
             rows.positions.view(-1),

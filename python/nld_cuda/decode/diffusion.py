@@ -75,7 +75,7 @@ class Diffusion:
         state.forwards[:, Pass.VERIFY].add_(self.refreshing)
         state.batch_forwards.mixed += 1
         self._mask_mode.copy_(self.refreshing)  # False is FULL, True is CAUSAL
-        logits = run_rows(self.model, self.cache, state, block.rows, self._mask_mode)
+        logits = run_rows(self.model.forward, self.cache, state, block.rows, self._mask_mode)
         self._denoise(logits)
         self._refresh(logits)
         self._find_finished()

@@ -90,7 +90,7 @@ class LinearSpec:
         state, block = self.state, self.block
         state.count(Pass.DRAFT, block.is_masked.any(dim=1))
         logits = run_rows(
-            self.model, self.cache, state, block.rows, self._full, use_lora=self.use_lora
+            self.model.forward, self.cache, state, block.rows, self._full, use_lora=self.use_lora
         )
         block.commit(self.ops, state, logits, self._rule, purpose=self._purpose)
         if self._draft_probs is not None:
@@ -101,10 +101,10 @@ class LinearSpec:
         state, block = self.state, self.block
         state.count(Pass.VERIFY, ~state.done)
         active = state.step_lens > 0
-        logits = run_rows(self.model, self.cache, state, block.rows, self._causal)
+        logits = run_rows(self.model.forward, self.cache, state, block.rows, self._causal)
         judge(
             self.ops, state, logits, block.rows.tokens.view(-1), block.rows.cu_seqlens,
-            self._verify_mode, block.rows.positions.view(-1), 
+            self._verify_mode, block.rows.positions.view(-1),
             draft_probs=self._draft_probs.probs if self._draft_probs else None,
         )  # fmt: skip
         keep_active_lens(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,7 +66,7 @@ def keep_active_lens(state: DecodeState) -> None:
 
 
 def run_rows(
-    model: NLDModel,
+    forward: Callable[..., Tensor],
     cache: KVCache,
     state: DecodeState,
     rows: Rows,
@@ -74,8 +75,8 @@ def run_rows(
     use_lora: bool = False,
     **options: Tensor | None,
 ) -> Tensor:
-    """One forward over the rows of a step."""
-    return model.forward(
+    """Run `model.forward` (or `model.hidden`) over the rows of a step."""
+    return forward(
         rows.tokens.view(-1),
         rows.positions.view(-1),
         rows.slots.view(-1),

@@ -77,13 +77,19 @@ class QuadraticSpec:
         groups[:, :, 0] = block.rows.tokens
         active = ~state.done
         state.count(Pass.VERIFY, active)
-        logits = run_rows(
-            self.model, self.cache, state, rows, self._quadratic, block_len=self._block_len
+        hidden = run_rows(
+            self.model.hidden,
+            self.cache,
+            state,
+            rows,
+            self._quadratic,
+            block_len=self._block_len,
         )
+        logits = self.model.logits(hidden[:: k + 1])  # the heads
         # Of the rows just written only the k heads count.
         torch.mul(active, state.seq_lens + k, out=state.step_lens)
         judge(
-            self.ops, state, logits[:: k + 1], block.rows.tokens.view(-1), block.rows.cu_seqlens,
+            self.ops, state, logits, block.rows.tokens.view(-1), block.rows.cu_seqlens,
             self._verify_mode, block.rows.positions.view(-1),
             draft_probs=self._draft_probs.probs if self._draft_probs else None,
         )  # fmt: skip
@@ -94,7 +100,8 @@ class QuadraticSpec:
         keep_active_lens(state)
         state.count_accepted(active)
         group = (state.num_emitted - 1).clamp_(min=0)
-        self._draft(logits[(self._draft_rows + (group * (k + 1))[:, None]).view(-1)])
+        draft_rows = (self._draft_rows + (group * (k + 1))[:, None]).view(-1)
+        self._draft(self.model.logits(hidden, draft_rows))
         return Pass.VERIFY
 
     def _draft(self, logits: Tensor) -> None:

@@ -142,6 +142,39 @@ class NLDModel:
             ValueError: use_lora without an adapter.
             RuntimeError: from the ops, where an argument does not fit.
         """
+        hidden = self.hidden(
+            tokens, positions, slot_mapping, cache, page_table, seq_lens, cu_seqlens_q, mask_mode,
+            block_len=block_len, block_phase=block_phase, use_lora=use_lora,
+        )  # fmt: skip
+        return self.logits(hidden, logits_rows)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Compute logits `[rows, vocab]` of `hidden` `[total, hidden]`, or of its `rows` (int64).
+
+        `forward` is `logits(hidden(...))`; apart where the rows depend on other rows' logits.
+        """
+        if rows is not None:
+            hidden = hidden.index_select(0, rows)
+        return torch.mm(rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.head.t())
+
+    @torch.inference_mode()
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        cache: LayerCaches,
+        page_table: Tensor,
+        seq_lens: Tensor,
+        cu_seqlens_q: Tensor,
+        mask_mode: Tensor,
+        *,
+        block_len: Tensor | None = None,
+        block_phase: Tensor | None = None,
+        use_lora: bool = False,
+    ) -> Tensor:
+        """Run all layers and return `[total, hidden]`, not normed. Arguments, errors: as `forward`."""
         if use_lora and not self.has_lora:
             raise ValueError("forward: use_lora must be False, this model has no adapter, got True")
         config = self.config
@@ -181,6 +214,4 @@ class NLDModel:
                 lora_add_(x, attended, layer.lora)
             linear_into(rms_norm(x, layer.mlp_norm, eps), layer.gate_up, gate_up)
             linear_add_(x, silu(gate).mul_(up), layer.down)
-        if logits_rows is not None:
-            x = x.index_select(0, logits_rows)
-        return torch.mm(rms_norm(x, self.norm, eps), self.head.t())
+        return x
