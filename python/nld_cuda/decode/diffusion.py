@@ -88,7 +88,8 @@ class Diffusion:
         if self._revising:
             fill_only = self.refreshing | (self._num_passes >= self._max_revising)
             torch.where(fill_only, self._fill_rule, self._rule, out=self._step_rule)
-            options = {"revise_threshold": self._revise_threshold, "is_fixed": self._is_fixed}
+            options["revise_threshold"] = self._revise_threshold
+            options["is_fixed"] = self._is_fixed.view(-1)
             self._num_passes += 1
         block.commit(
             self.ops, state, logits, self._step_rule, stop_at_eos=True, quota=self._quota,

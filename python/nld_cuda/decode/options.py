@@ -258,7 +258,7 @@ def _prompt_ids(prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
 def _per_request(name: str, value: Any, num: int) -> list[Any]:
     if isinstance(value, Tensor):
         value = value.tolist()
-    if not isinstance(value, Sequence):
+    if not isinstance(value, Sequence) or isinstance(value, str):
         return [value] * num
     if len(value) != num:
         raise ValueError(
@@ -303,7 +303,7 @@ def _eos_lists(value: Any, default: tuple[int, ...], num: int) -> list[tuple[int
 def _listed(value: Any) -> list[float]:
     if value is None:
         return []
-    return [float(v) for v in (value if isinstance(value, Sequence | Tensor) else [value])]
+    return [float(v) for v in (value if isinstance(value, (Sequence, Tensor)) else [value])]
 
 
 def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:

@@ -174,7 +174,7 @@ class NLDModel:
         block_phase: Tensor | None = None,
         use_lora: bool = False,
     ) -> Tensor:
-        """Run all layers and return `[total, hidden]`, not normed. Arguments, errors: as `forward`."""
+        """Run all layers and return `[total, hidden]`, not normed. Arguments as `forward`."""
         if use_lora and not self.has_lora:
             raise ValueError("forward: use_lora must be False, this model has no adapter, got True")
         config = self.config
