@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nld_cuda
 from decode_cases import END_THINK, EOS, MASK, TinyModel, prompt, tiny_model
+from decode_cases import one_thread as one_thread
 from nld_cuda import NLDModel, StreamEvent
 from nld_cuda.decode.kv_cache import KVCache
 from nld_cuda.decode.options import make_requests, make_settings
@@ -38,15 +38,6 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("diffusion", {"block_length": 6, "rule": "revise", "threshold": 0.3, "revise_threshold": 0.2}),
 ]
 variants = pytest.mark.parametrize("mode,extra", VARIANTS, ids=lambda v: str(v))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=[61, 7], ids="vocab{}".format)

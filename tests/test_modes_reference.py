@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 import nld_cuda
 import oracle
 from decode_cases import END_THINK, EOS, TinyModel, options, prompt, tiny_model
+from decode_cases import one_thread as one_thread
 from nld_cuda import ops, reference
 from nld_cuda.model import transformer
 
@@ -36,15 +35,6 @@ def op_source(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Where decode and model take their ops from: the library, or the plain meaning of each."""
     monkeypatch.setattr(transformer, "ops", OPS[request.param])
     return OPS[request.param]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache
