@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compare import assert_equal
-from nld_cuda.model import NLDModel, load_model
-from nld_cuda.model.checkpoint import resolve_device
+from nld_cuda.model import ModelConfig, NLDModel, load_model
+from nld_cuda.model.checkpoint import TABLE, _count, _plan, resolve_device
 from tiny_model import config_fields, random_lora, random_weights, write_checkpoint
 
 
@@ -84,6 +84,21 @@ def test_dtypes(
     model = load_model(write_checkpoint(tmp_path, fields, weights), dtype=asked)
     assert model.dtype == expected
     assert_holds(model, weights, expected)
+
+
+@pytest.mark.parametrize(
+    "hidden,inner,layers,tensors,millions",
+    [(3072, 9216, 26, 237, 3832), (4096, 14336, 34, 309, 8490), (5120, 16384, 40, 363, 13506)],
+)
+def test_published_sizes(hidden: int, inner: int, layers: int, tensors: int, millions: int) -> None:
+    """The table expects as many tensors and parameters as the 3B, 8B and 14B files have."""
+    fields = config_fields(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, vocab_size=131072,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+    )  # fmt: skip
+    plan = _plan(ModelConfig.from_dict(fields), list(TABLE))
+    assert len(plan) == tensors
+    assert round(sum(_count(shape) for _, _, shape in plan.values()) / 1e6) == millions
 
 
 def test_large_tensors_are_copied_in_pieces(
