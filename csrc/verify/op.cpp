@@ -166,7 +166,8 @@ void for_each_dynamic(int64_t count, double us_each, const Fn& fn) {
   });
 }
 
-// Workspace: a RowPart (24 bytes) per row and slice of the vocabulary, and 8 + 8 bytes per row.
+// Workspace: a RowPart (24 bytes) per row and slice of the vocabulary, as much again per request that draws from a
+// residual, and 48 bytes per row.
 void verify_rows_cpu(const VerifyParams& p) {
   const VerifyCpu& cpu = cpu_kernels();
   std::vector<int64_t> verdicts(p.rows, kAccepted);
