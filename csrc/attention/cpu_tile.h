@@ -11,7 +11,7 @@
 namespace nld::NLD_ISA {
 namespace {
 
-constexpr int kTileKeys = 64;               // keys gathered at a time
+constexpr int kTileKeys = 64;                // keys gathered at a time
 constexpr int kPanelVecs = 2;                // registers of rows in one micro-kernel
 constexpr int kCols = kLanes == 16 ? 8 : 4;  // keys or dims in one micro-kernel
 constexpr float kInf = __builtin_inff();
@@ -21,10 +21,24 @@ NLD_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- the two ways to multiply words ----
 
+// Half a register, for tiles of few rows: CPUs that split a 512-bit instruction in two run twice as many of these.
+#if defined(__AVX512F__)
+constexpr int kNarrowLanes = kLanes / 2;
+typedef float VecNarrow __attribute__((vector_size(kNarrowLanes * 4)));
+#else
+constexpr int kNarrowLanes = 0;
+typedef VecF VecNarrow;
+#endif
+
 struct DotF32 {
   typedef float Word;
   static constexpr int kPair = 1;  // elements of the summed dimension in a word
   static inline __attribute__((always_inline)) VecF multiply_add(VecF a, Word b, VecF c) { return fma(a, set1(b), c); }
+#if defined(__AVX512F__)
+  static inline __attribute__((always_inline)) VecNarrow multiply_add(VecNarrow a, Word b, VecNarrow c) {
+    return (VecNarrow)_mm256_fmadd_ps((__m256)a, _mm256_set1_ps(b), (__m256)c);
+  }
+#endif
 };
 
 #if defined(__AVX512BF16__)
@@ -33,6 +47,9 @@ struct DotBf16 {
   static constexpr int kPair = 2;
   static inline __attribute__((always_inline)) VecF multiply_add(VecF a, Word b, VecF c) {
     return (VecF)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)_mm512_set1_epi32(static_cast<int>(b)));
+  }
+  static inline __attribute__((always_inline)) VecNarrow multiply_add(VecNarrow a, Word b, VecNarrow c) {
+    return (VecNarrow)_mm256_dpbf16_ps((__m256)c, (__m256bh)a, (__m256bh)_mm256_set1_epi32(static_cast<int>(b)));
   }
 };
 #endif
@@ -48,14 +65,15 @@ struct DotFor<bf16> {
 };
 #endif
 
-// acc[col][row] += sum over steps of a[step][row] * b[step * b_step + col * b_col]; a holds kVecs registers per step.
-template <class Dot, int kVecs>
+// acc[col][row] += sum over steps of a[step][row] * b[step * b_step + col * b_col]; a holds kVecs registers per step,
+// of which Vec (VecF, or VecNarrow with kVecs 1) is used.
+template <class Dot, class Vec, int kVecs>
 NLD_INLINE void multiply(const float* a, const typename Dot::Word* b, int64_t num_steps, int64_t b_step, int64_t b_col,
-                         VecF (&acc)[kCols][kVecs]) {
+                         Vec (&acc)[kCols][kVecs]) {
   for (int64_t step = 0; step < num_steps; ++step, a += kVecs * kLanes, b += b_step) {
-    VecF row[kVecs];
+    Vec row[kVecs];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) row[v] = load(a + v * kLanes);
+    for (int v = 0; v < kVecs; ++v) memcpy(&row[v], a + v * kLanes, sizeof(Vec));
 #pragma GCC unroll 16
     for (int col = 0; col < kCols; ++col) {
       const typename Dot::Word word = b[col * b_col];
@@ -63,6 +81,13 @@ NLD_INLINE void multiply(const float* a, const typename Dot::Word* b, int64_t nu
       for (int v = 0; v < kVecs; ++v) acc[col][v] = Dot::multiply_add(row[v], word, acc[col][v]);
     }
   }
+}
+
+template <class Vec>
+NLD_INLINE Vec first_lanes(VecF x) {
+  Vec y;
+  memcpy(&y, &x, sizeof(y));
+  return y;
 }
 
 // ---- memory of one tile ----
@@ -153,20 +178,22 @@ struct Prefetcher {
 // ---- scores ----
 
 // s = scale * q k for all keys of the tile. kPlain: no mask and no cap, so the maxima are taken on the way.
-template <class Dot, int kVecs, bool kPlain>
+template <class Dot, class Vec, int kVecs, bool kPlain>
 NLD_INLINE void score_tile(const TileBuffers<Dot>& buffers, const float* q, int64_t dim_words, int64_t num_keys,
                            float scale, Prefetcher& prefetcher, VecF (&m)[kVecs]) {
   const typename Dot::Word* k = buffers.k;
   float* s = buffers.s;
   for (int64_t key = 0; key < num_keys; key += kCols, k += kCols * dim_words, s += kCols * kVecs * kLanes) {
     prefetcher.step();
-    VecF acc[kCols][kVecs] = {};
-    multiply<Dot, kVecs>(q, k, dim_words, 1, dim_words, acc);
+    Vec acc[kCols][kVecs] = {};
+    multiply<Dot>(q, k, dim_words, 1, dim_words, acc);
 #pragma GCC unroll 16
     for (int col = 0; col < kCols; ++col) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) {
-        const VecF score = acc[col][v] * scale;
+        VecF score = {};
+        memcpy(&score, &acc[col][v], sizeof(Vec));
+        score *= scale;
         store(s + (col * kVecs + v) * kLanes, score);
         if (kPlain) m[v] = score > m[v] ? score : m[v];
       }
@@ -242,7 +269,7 @@ NLD_INLINE void exponentiate(DotBf16, float* s, int64_t num_keys, const VecF (&m
 
 // ---- all of it for one panel: online softmax over the tile, added to the running result of its rows ----
 
-template <class Dot, int kVecs>
+template <class Dot, class Vec, int kVecs>
 void panel_tile(const AttentionParams& p, const RequestMask& mask, const Shape& shape, const TileBuffers<Dot>& buffers,
                 int64_t row0, int64_t key0, int64_t num_keys, bool masked, Prefetcher& prefetcher) {
   constexpr int kWidth = kVecs * kLanes;
@@ -254,9 +281,9 @@ void panel_tile(const AttentionParams& p, const RequestMask& mask, const Shape& 
     l[v] = load(acc_rows.l + row0 + v * kLanes);
   }
   if (!masked && p.softcap == 0 && num_keys % kCols == 0) {
-    score_tile<Dot, kVecs, true>(buffers, q, shape.dim_words, num_keys, p.softmax_scale, prefetcher, m);
+    score_tile<Dot, Vec, kVecs, true>(buffers, q, shape.dim_words, num_keys, p.softmax_scale, prefetcher, m);
   } else {
-    score_tile<Dot, kVecs, false>(buffers, q, shape.dim_words, num_keys, p.softmax_scale, prefetcher, m);
+    score_tile<Dot, Vec, kVecs, false>(buffers, q, shape.dim_words, num_keys, p.softmax_scale, prefetcher, m);
     if (p.softcap > 0) cap_scores<kVecs>(p.softcap, buffers.s, num_keys);
     if (masked) mask_scores<kVecs>(mask, buffers.view + row0, shape.rows, key0, num_keys, buffers.s);
     for (int64_t i = 0; i < num_keys; ++i) {
@@ -280,17 +307,19 @@ void panel_tile(const AttentionParams& p, const RequestMask& mask, const Shape& 
   const int64_t num_steps = (num_keys + Dot::kPair - 1) / Dot::kPair, dims = shape.dims;
   for (int64_t dim = 0; dim < dims; dim += kCols, o += kCols * kWidth) {
     prefetcher.step();
-    VecF acc[kCols][kVecs];
+    Vec acc[kCols][kVecs];
 #pragma GCC unroll 16
     for (int col = 0; col < kCols; ++col) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) acc[col][v] = load(o + col * kWidth + v * kLanes) * decay[v];
+      for (int v = 0; v < kVecs; ++v) {
+        acc[col][v] = first_lanes<Vec>(load(o + col * kWidth + v * kLanes) * decay[v]);
+      }
     }
-    multiply<Dot, kVecs>(buffers.s, values + dim, num_steps, dims, 1, acc);
+    multiply<Dot>(buffers.s, values + dim, num_steps, dims, 1, acc);
 #pragma GCC unroll 16
     for (int col = 0; col < kCols; ++col) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) store(o + col * kWidth + v * kLanes, acc[col][v]);
+      for (int v = 0; v < kVecs; ++v) memcpy(o + col * kWidth + v * kLanes, &acc[col][v], sizeof(Vec));
     }
   }
 }
