@@ -108,11 +108,10 @@ NLD_INLINE void gather_key(const bf16* x, uint32_t* y, int64_t head_dim) {
 NLD_INLINE void gather_value(const bf16* x0, const bf16* x1, uint32_t* y, int64_t head_dim, int64_t dims) {
   int64_t i = 0;
   for (; i + 16 <= head_dim; i += 16) {
-    VecU16 low, high = {};
-    memcpy(&low, x0 + i, sizeof(low));
-    if (x1 != nullptr) memcpy(&high, x1 + i, sizeof(high));
-    const VecU pair = __builtin_convertvector(low, VecU) | (__builtin_convertvector(high, VecU) << 16);
-    memcpy(y + i, &pair, sizeof(pair));
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x0 + i)));
+    __m512i high = _mm512_setzero_si512();
+    if (x1 != nullptr) high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x1 + i)));
+    _mm512_storeu_si512(y + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
   for (; i < head_dim; ++i) y[i] = x0[i].bits | (x1 != nullptr ? static_cast<uint32_t>(x1[i].bits) << 16 : 0u);
   for (; i < dims; ++i) y[i] = 0;

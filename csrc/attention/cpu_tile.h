@@ -83,12 +83,19 @@ NLD_INLINE void multiply(const float* a, const typename Dot::Word* b, int64_t nu
   }
 }
 
+// Between a register and its first half, the other half zero. Through memory, the half store would stall the full load.
 template <class Vec>
 NLD_INLINE Vec first_lanes(VecF x) {
-  Vec y;
-  memcpy(&y, &x, sizeof(y));
-  return y;
+  return x;
 }
+NLD_INLINE VecF all_lanes(VecF x) { return x; }
+#if defined(__AVX512F__)
+template <>
+inline __attribute__((always_inline)) VecNarrow first_lanes<VecNarrow>(VecF x) {
+  return (VecNarrow)_mm512_castps512_ps256((__m512)x);
+}
+NLD_INLINE VecF all_lanes(VecNarrow x) { return (VecF)_mm512_zextps256_ps512((__m256)x); }
+#endif
 
 // ---- memory of one tile ----
 
@@ -191,9 +198,7 @@ NLD_INLINE void score_tile(const TileBuffers<Dot>& buffers, const float* q, int6
     for (int col = 0; col < kCols; ++col) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) {
-        VecF score = {};
-        memcpy(&score, &acc[col][v], sizeof(Vec));
-        score *= scale;
+        const VecF score = all_lanes(acc[col][v]) * scale;
         store(s + (col * kVecs + v) * kLanes, score);
         if (kPlain) m[v] = score > m[v] ? score : m[v];
       }
@@ -319,7 +324,7 @@ void panel_tile(const AttentionParams& p, const RequestMask& mask, const Shape& 
 #pragma GCC unroll 16
     for (int col = 0; col < kCols; ++col) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) memcpy(o + col * kWidth + v * kLanes, &acc[col][v], sizeof(Vec));
+      for (int v = 0; v < kVecs; ++v) store(o + col * kWidth + v * kLanes, all_lanes(acc[col][v]));
     }
   }
 }
