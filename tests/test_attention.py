@@ -264,6 +264,24 @@ def test_thread_count_changes_no_bit(case: AttentionCase, dtype: torch.dtype, ba
         assert_equal(lse, results[0][1], "lse")
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_allocates_no_more_than_the_documented_workspace(threads: int) -> None:
+    case = AttentionCase("x", (Request(32, 2100, FULL),), heads=16, kv_heads=4, dim=40)
+    args, options = make(case, torch.float32)
+    out, lse = ops.block_attention(*args, **options)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            ops.block_attention(*args, **options, out=out, lse=lse)
+    finally:
+        torch.set_num_threads(before)
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    partials = case.kv_heads * 3 if threads > 1 else 0  # items * splits of 1024 keys
+    limit = 4 * (threads * 700 * (case.dim + 32) + partials * 128 * (case.dim + 18))
+    assert 0 < allocated <= limit
+
+
 def test_extreme_scores(backend) -> None:
     """Scores of +-1e4 neither overflow nor lose the winner; equal scores average."""
     case = AttentionCase("x", (Request(2, 300, FULL),), heads=2, kv_heads=1, dim=16)

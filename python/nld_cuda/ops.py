@@ -183,9 +183,9 @@ def block_attention(
         exponentials `[num_heads, total_q]` float32. A row that sees no key gives 0 and -inf.
 
     Arithmetic is float32; bfloat16 probabilities may be rounded to bfloat16 before they meet the
-    values. Workspace: a few tiles per thread (about 0.5 MB at head_dim 128), and while there are
-    fewer than 4 (request, kv head, 128-row tile) items per thread, `128 * (head_dim + 2)` floats
-    per item and split.
+    values. Workspace: a few tiles per thread (less than `700 * (head_dim + 32)` floats each), and
+    while there are fewer than 4 (request, kv head, 128-row tile) items per thread,
+    `128 * (head_dim + 18)` floats per item and split.
 
     Raises:
         RuntimeError: a shape, dtype, stride or device does not fit. What depends on values
