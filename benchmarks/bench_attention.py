@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, action="append")
     parser.add_argument("--budget", type=float, default=3.0, help="seconds per row")
     parser.add_argument("--name", default="attention", help="name of the JSON file")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--vllm", help="path of vLLM's CPU op library, to run beside")
     options = parser.parse_args()
     if options.vllm:
@@ -164,7 +165,7 @@ def run_case(
     if vllm is not None:
         functions["vllm"] = vllm
         torch.testing.assert_close(out, vllm(), atol=tolerance, rtol=tolerance)
-    timings = bench.interleave(functions, budget_s=options.budget)
+    timings = bench.interleave(functions, budget_s=options.budget, clock=options.clock)
     best = min(("sdpa gqa", "sdpa expanded"), key=lambda name: timings[name].median_us)
     element = 4 if dtype_name == "f32" else 2
     kv_tokens = sum(r.seq_len for r in case.requests) * case.kv_heads
@@ -177,6 +178,7 @@ def run_case(
         flops=num_flops(case),
         dtype=dtype_name,
         threads=threads,
+        clock=options.clock,
         sdpa_form=best,
     )
 
