@@ -22,9 +22,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tokenizers.trainers import BpeTrainer
 
 NAMES = (
-    "ada amy ann ben bob cal dan deb don eli eva fay gil gus hal ian ida ivy jan jim joe kay ken kim "
-    "lea lee leo liz lou max may meg mia ned nia noa ola pam pat pia ray rex rob ron roy sal sam sue "
-    "ted tim tom una val vic wes zoe"
+    "ada amy ben bob cal dan eli eva fay gil gus hal ida ivy jan joe ken kim leo liz max meg ned "
+    "nia pam ray rex sal tim uma vic zoe"
 ).split()
 SPECIAL_TOKENS = (
     "<pad> <bos> <eos> <mask> <|im_start|> <|im_end|> <think> </think>".split()
@@ -159,7 +158,8 @@ MAKERS: dict[str, Callable[[random.Random, int], str]] = {
 SOLVERS: dict[str, Callable[[str], str]] = {
     "json": solve_json, "trace": solve_trace, "add": solve_add, "path": solve_path,
 }
-SIZES = {"json": (3, 4, 5, 6), "trace": (3, 4, 5, 6), "add": (4, 5, 6), "path": (6, 8, 10, 12)}
+SIZES = {"json": (3, 4, 5), "trace": (3, 4, 5), "add": (4, 5), "path": (6, 7, 8)}
+EASY_SIZES = {"json": (1, 2, 3), "trace": (1, 2, 3), "add": (2, 3, 4), "path": (2, 3, 4, 5)}
 
 
 def make(kind: str, rng: random.Random, size: int, heldout: bool = False) -> Problem:
