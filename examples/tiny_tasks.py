@@ -59,9 +59,10 @@ def check(problem: Problem, completion: str) -> bool:
 
 
 def make_json(rng: random.Random, size: int) -> str:
-    """Write ``size`` records ``name age items``; the ages are from different decades."""
+    """Write ``size`` records ``name age items``; the ages are one from each decade, from 10 on."""
     names = rng.sample(NAMES, size)
-    decades = rng.sample(range(1, 10), size)
+    order = rng.sample(range(1, 10), size)
+    decades = [sorted(order).index(x) + 1 for x in order]
     rows = [f"{n} {10 * d + rng.randrange(10)} {rng.randint(1, 9)}" for n, d in zip(names, decades)]
     return "json\n" + "\n".join(rows) + "\n=>\n"
 
@@ -195,9 +196,8 @@ def build_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     words = NAMES + "json trace add path print name age items sum rows total".split()
-    corpus = [word for word in words for _ in range(1000)]
-    rng = random.Random(0)
-    corpus += [p.prompt + p.answer for kind in KINDS for p in (make(kind, rng, 4) for _ in range(50))]
+    marks = ['{"', '":[{"', '":"', '","', '":', ',"', '},{"', '}],"', "=>"]
+    corpus = [piece for piece in words + marks for _ in range(1000)]
     special = [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = BpeTrainer(

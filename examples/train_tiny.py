@@ -30,7 +30,7 @@ from torch import Tensor, nn
 BLOCK = 16
 DIFFUSION_WEIGHT = 0.3
 NOISE_EPS = 1e-3
-MORE = {"json": 1, "trace": 1, "add": 1, "path": 3}  # short problems: more of them
+MORE = {"json": 2, "trace": 1, "add": 1, "path": 1}  # short problems: more of them
 LORA_RANK, LORA_ALPHA = 32, 128
 STAGES = ("ar", "joint", "lora")
 
@@ -409,9 +409,9 @@ class Recipe:
     """Say everything that decides the result besides the code."""
 
     seed: int = 0
-    ar_steps: int = 900
-    joint_steps: int = 1600
-    lora_steps: int = 150
+    ar_steps: int = 600
+    joint_steps: int = 1100
+    lora_steps: int = 120
     easy_steps: int = 300  # of stage ar, with smaller problems
     batch: int = 8  # problems of each kind
     lr: float = 2e-3  # AdamW: embedding, head, norms
