@@ -17,17 +17,20 @@ import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
-NAMES = (
+NAMES_TEXT = (
     "ada amy ben bob cal dan eli eva fay gil gus hal ida ivy jan joe ken kim leo liz max meg ned "
     "nia pam ray rex sal tim uma vic zoe"
-).split()
-SPECIAL_TOKENS = (
-    "<pad> <bos> <eos> <mask> <|im_start|> <|im_end|> <think> </think>".split()
 )
+NAMES = NAMES_TEXT.split()
+WORDS = ["json", "trace", "add", "path", "print", "name", "age", "items", "sum", "rows", "total"]
+SPECIAL_TOKENS = [
+    "<pad>", "<bos>", "<eos>", "<mask>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"
+]  # fmt: skip
 PAD, BOS, EOS, MASK = range(4)
 KINDS = ("json", "trace", "add", "path")
 HELDOUT_ONE_IN = 16
@@ -59,11 +62,14 @@ def check(problem: Problem, completion: str) -> bool:
 
 
 def make_json(rng: random.Random, size: int) -> str:
-    """Write ``size`` records ``name age items``; the ages are one from each decade, from 10 on."""
+    """Write ``size`` records ``age name items``; the ages are one from each decade, from 10 on."""
     names = rng.sample(NAMES, size)
     order = rng.sample(range(1, 10), size)
     decades = [sorted(order).index(x) + 1 for x in order]
-    rows = [f"{n} {10 * d + rng.randrange(10)} {rng.randint(1, 9)}" for n, d in zip(names, decades)]
+    rows = [
+        f"{10 * d + rng.randrange(10)} {n} {rng.randint(1, 9)}"
+        for n, d in zip(names, decades, strict=True)
+    ]
     return "json\n" + "\n".join(rows) + "\n=>\n"
 
 
@@ -71,9 +77,9 @@ def solve_json(prompt: str) -> str:
     """Sort the records by age and sum their items as they come."""
     rows = [line.split() for line in prompt.split("\n")[1:-2]]
     out, total = [], 0
-    for name, age, items in sorted(rows, key=lambda row: int(row[1])):
+    for age, name, items in sorted(rows, key=lambda row: int(row[0])):
         total += int(items)
-        out.append({"name": name, "age": int(age), "items": int(items), "sum": total})
+        out.append({"age": int(age), "name": name, "items": int(items), "sum": total})
     return json.dumps({"rows": out, "total": total}, separators=(",", ":"))
 
 
@@ -100,7 +106,7 @@ def make_trace(rng: random.Random, size: int) -> str:
 def solve_trace(prompt: str) -> str:
     """Execute the program; after each line write the operands, the result and the state."""
     lines = prompt.split("\n")[:-2]
-    state = dict(zip("abc", (int(x) for x in lines[0].split()[1].split(","))))
+    state = dict(zip("abc", map(int, lines[0].split()[1].split(",")), strict=True))
     out = []
     for line in lines[1:-1]:
         target, _, left, sign, right = line.split()[1]
@@ -124,7 +130,7 @@ def solve_add(prompt: str) -> str:
     """Add column by column from the right: digit + digit + carry = two digits."""
     x, y = prompt.split("\n")[0].split()[1].split("+")
     out, carry, digits = [], 0, ""
-    for a, b in zip(reversed(x), reversed(y)):
+    for a, b in zip(reversed(x), reversed(y), strict=True):
         column = int(a) + int(b) + carry
         out.append(f"{a}+{b}+{carry}={column:02d}")
         carry, digits = column // 10, str(column % 10) + digits
@@ -137,7 +143,7 @@ def solve_add(prompt: str) -> str:
 def make_path(rng: random.Random, size: int) -> str:
     """Write ``size`` shuffled edges that form one chain."""
     nodes = rng.sample(NAMES, size + 1)
-    edges = [f"{a}>{b}" for a, b in zip(nodes, nodes[1:])]
+    edges = [f"{a}>{b}" for a, b in pairwise(nodes)]
     rng.shuffle(edges)
     return "\n".join([f"path {nodes[0]} {nodes[-1]}", *edges]) + "\n=>\n"
 
@@ -195,7 +201,7 @@ def build_tokenizer() -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    words = NAMES + "json trace add path print name age items sum rows total".split()
+    words = NAMES + WORDS
     marks = ['{"', '":[{"', '":"', '","', '":', ',"', '},{"', '}],"', "=>"]
     corpus = [piece for piece in words + marks for _ in range(1000)]
     special = [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS]

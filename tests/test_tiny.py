@@ -39,10 +39,10 @@ def test_answers_by_hand() -> None:
     assert tasks.solve_path("path a c\nb>c\na>b\n=>\n") == "a>b>c"
     trace = "trace 1,2,3\n1 a=b+c\n2 c=a-1\nprint c\n=>\n"
     assert tasks.solve_trace(trace) == "1 a=b+c=2+3=5(5,2,3)\n2 c=a-1=5-1=4(5,2,4)\nprint 4"
-    assert json.loads(tasks.solve_json("json\nzoe 42 5\nada 13 2\n=>\n")) == {
+    assert json.loads(tasks.solve_json("json\n42 zoe 5\n13 ada 2\n=>\n")) == {
         "rows": [
-            {"name": "ada", "age": 13, "items": 2, "sum": 2},
-            {"name": "zoe", "age": 42, "items": 5, "sum": 7},
+            {"age": 13, "name": "ada", "items": 2, "sum": 2},
+            {"age": 42, "name": "zoe", "items": 5, "sum": 7},
         ],
         "total": 7,
     }
