@@ -14,9 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import tiny_tasks as tasks
-
 import nld_cuda
+import tiny_tasks as tasks
 
 MODES: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},

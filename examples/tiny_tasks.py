@@ -160,10 +160,16 @@ def solve_path(prompt: str) -> str:
 
 
 MAKERS: dict[str, Callable[[random.Random, int], str]] = {
-    "json": make_json, "trace": make_trace, "add": make_add, "path": make_path,
+    "json": make_json,
+    "trace": make_trace,
+    "add": make_add,
+    "path": make_path,
 }
 SOLVERS: dict[str, Callable[[str], str]] = {
-    "json": solve_json, "trace": solve_trace, "add": solve_add, "path": solve_path,
+    "json": solve_json,
+    "trace": solve_trace,
+    "add": solve_add,
+    "path": solve_path,
 }
 SIZES = {"json": (3, 4, 5), "trace": (3, 4, 5), "add": (4, 5), "path": (6, 7, 8)}
 EASY_SIZES = {"json": (1, 2, 3), "trace": (1, 2, 3), "add": (2, 3, 4), "path": (2, 3, 4, 5)}
@@ -207,7 +213,10 @@ def build_tokenizer() -> Tokenizer:
     special = [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = BpeTrainer(
-        vocab_size=1024, min_frequency=2, special_tokens=special, initial_alphabet=alphabet,
+        vocab_size=1024,
+        min_frequency=2,
+        special_tokens=special,
+        initial_alphabet=alphabet,
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
