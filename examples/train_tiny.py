@@ -39,9 +39,9 @@ class Recipe:
     """Say everything that decides the result besides the code."""
 
     seed: int = 0
-    ar_steps: int = 600
-    joint_steps: int = 1100
-    lora_steps: int = 120
+    ar_steps: int = 700
+    joint_steps: int = 2400
+    lora_steps: int = 200
     easy_steps: int = 300  # of stage ar, with smaller problems
     batch: int = 8  # problems of each kind
     lr: float = 2e-3  # AdamW: embedding, head, norms
