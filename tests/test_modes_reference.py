@@ -126,3 +126,33 @@ def test_quadratic_spec(
         tiny_model(vocab), "quadratic_spec", op_source, MAX_NEW, eos=(EOS,), budget=budget,
         block_length=block_length,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("op_source", ["cpu"], indirect=True)
+@pytest.mark.parametrize("mode", ["ar", "linear_spec", "diffusion", "quadratic_spec"])
+@vocabs
+def test_eos_first_and_early(vocab: int, mode: str, op_source: object) -> None:
+    """Each token that a free run begins with as the EOS: the forwards still agree."""
+    tiny = tiny_model(vocab)
+    free = nld_cuda.generate(tiny.model, prompt(1, vocab), "ar", max_new_tokens=6, eos_token_id=())
+    arguments: dict[str, Any] = {} if mode == "ar" else {"block_length": 3}
+    for eos in set(free.tokens[0]):
+        check(tiny, mode, op_source, MAX_NEW, eos=(eos,), **arguments)
+
+
+@pytest.mark.parametrize("op_source", ["cpu"], indirect=True)
+def test_diffusion_budget_is_released(op_source: object) -> None:
+    """Prompts whose block ends thinking by itself, left of the token written ahead."""
+    tiny = tiny_model(7)
+    released = 0
+    for seed in range(40):
+        tokens, opt = prompt(2, 7, seed), options(8, (), 6)
+        want, nfe = expected(tiny, "diffusion", tuple(tokens), opt, (8, 0.5, False))
+        result = nld_cuda.generate(
+            tiny.model, tokens, "diffusion", max_new_tokens=8, block_length=8, threshold=0.5,
+            eos_token_id=(), max_thinking_tokens=6, end_think_token_id=END_THINK, ops=op_source,
+        )  # fmt: skip
+        assert result.tokens[0] == want
+        assert result.stats.nfe == nfe
+        released += want[0] != END_THINK and END_THINK in want[:6] and want[6] != END_THINK
+    assert released > 2
