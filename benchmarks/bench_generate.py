@@ -1,6 +1,6 @@
 """Whole decoding on nld-tiny: tokens/s of each mode against ar, and where the time of a step goes.
 
-Usage: python benchmarks/bench_generate.py [--problems N] [--batch 1 8] [--rounds 5]
+Usage: python benchmarks/bench_generate.py [--problems N] [--batch 1 8] [--rounds 5] [--threads 1]
 
 The held-out problems that ship with the model are decoded in every mode in turns, so that noise
 hits all of them alike. Answers are compared: text that differs from ar's is told apart.
@@ -123,7 +123,9 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=4, help="of each kind")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="nld-tiny is too small to share")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     model = nld_cuda.load("nld-tiny")
     prompts = [p["prompt"] for p in heldout(args.problems)]
     speed = [row for b in args.batch for row in speed_rows(model, prompts, b, args.rounds)]

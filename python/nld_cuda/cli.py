@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 DEFAULT_THRESHOLD = 0.9
+SMALL_MODEL = 20_000_000  # parameters; below, threads spend longer waiting than multiplying
 MODES = ("ar", "diffusion", "linear-spec", "quadratic-spec")
 
 GENERATE_EXAMPLES = """examples:
@@ -92,6 +93,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--lora", default="auto", metavar="PATH",
         help="drafting adapter: auto (linear_spec_lora beside the weights), none, or a folder",
     )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=int, metavar="N",
+        help="CPU threads (default: torch's own; 1 for models too small to share work)",
+    )  # fmt: skip
 
 
 def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,8 +136,13 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def load_model(args: argparse.Namespace) -> Any:
-    """Load the checkpoint, with a progress line on a terminal."""
+    """Load the checkpoint, with a progress line on a terminal; set the number of CPU threads."""
+    import torch
+
     import nld_cuda
+
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads must be >= 1, got {args.threads}")
 
     def progress(done: int, total: int) -> None:
         print(
@@ -149,6 +159,10 @@ def load_model(args: argparse.Namespace) -> Any:
     )
     if show:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    elif model.num_parameters < SMALL_MODEL:
+        torch.set_num_threads(1)
     return model
 
 
