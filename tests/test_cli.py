@@ -125,7 +125,7 @@ def test_info(capsys: Any) -> None:
         (["generate", "x", "--model", "no/such/folder"], "no/such/folder"),
         (["generate", "x", "--max-new-tokens", "-1"], "max_new_tokens"),
         (["generate", "x", "--mode", "diffusion", "--block-length", "0"], "block_length"),
-        (["generate", "x", "--mode", "diffusion", "--threshold", "1.5"], "threshold"),
+        (["generate", "x", "--mode", "diffusion", "--threshold", "-0.5"], "threshold"),
         (["generate", "x", "--temperature", "-1"], "temperature"),
         (["generate", "x", "--threads", "0"], "--threads"),
         (["generate", "x", "--mode", "ar", "--block-length", "8"], "block_length"),
