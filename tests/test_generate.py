@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -237,6 +239,36 @@ def test_temperature_in_diffusion_changes_draws_and_zero_is_greedy() -> None:
     mixed = run(tiny, p, "diffusion", temperature=[0.0, 2.0, 2.0], seed=[1, 2, 3], **options)
     assert mixed.tokens[0] == greedy.tokens[0]
     assert len({tuple(t) for t in mixed.tokens}) == 3
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    st.integers(1, 9),
+    st.integers(0, 24),
+    st.sampled_from([0.0, 0.5, 2.0]),
+    st.sampled_from(SPECULATIVE),
+    st.sampled_from([None, 0, 5]),
+    st.integers(1, 7),
+)
+def test_speculation_equals_ar(
+    lens: list[int],
+    block_length: int,
+    limit: int,
+    heat: float,
+    mode: str,
+    budget: int | None,
+    page_size: int,
+) -> None:
+    tiny = tiny_model(7)
+    prompts = [prompt(n, 7, seed=i) for i, n in enumerate(lens)]
+    options: dict[str, Any] = dict(
+        max_new_tokens=limit, temperature=heat, seed=sum(lens), max_thinking_tokens=budget,
+        end_think_token_id=END_THINK, page_size=page_size,
+        eos_token_id=EOS if block_length % 2 else (),
+    )  # fmt: skip
+    result = run(tiny, prompts, mode, block_length=block_length, **options)
+    assert result.tokens == run(tiny, prompts, "ar", **options).tokens
 
 
 # ---- commit rules ----------------------------------------------------------------------------
@@ -686,3 +718,23 @@ def test_stream_takes_one_prompt_and_checks_at_once() -> None:
         nld_cuda.stream(model, [[1], [2]])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="block_length must be >= 1"):
         nld_cuda.stream(model, [1], block_length=0)
+
+
+# ---- the packaged model ----------------------------------------------------------------------
+
+
+def test_packaged_model_speculates_without_changing_its_answers() -> None:
+    model = nld_cuda.load("nld-tiny", device="cpu")
+    lines = (nld_cuda.api.ASSETS / "nld-tiny" / "heldout.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines[:: len(lines) // 6]]
+    ar = nld_cuda.generate(model, prompts, "ar")
+    assert ar.text is not None and all(ar.text)
+    linear = nld_cuda.generate(model, prompts, "linear_spec", block_length=16)
+    quadratic = nld_cuda.generate(model, prompts, "quadratic_spec", block_length=6)
+    assert linear.tokens == quadratic.tokens == ar.tokens
+    assert linear.stats.tokens_per_cycle is not None and linear.stats.tokens_per_cycle > 4
+    warm = [
+        nld_cuda.generate(model, prompts, mode, temperature=0.8, seed=1).tokens
+        for mode in ("ar", "linear_spec")
+    ]
+    assert warm[0] == warm[1]
