@@ -72,13 +72,13 @@ class Problem:
         self.cu_seqlens = torch.tensor([0, rows], dtype=torch.int32)
         self.rule = torch.tensor([case.rule], dtype=torch.int32)
         self.threshold = torch.tensor([0.9])
-        self.result = ops.CommitResult(
-            torch.zeros(rows, dtype=torch.int64),
-            torch.zeros(rows),
-            torch.zeros(1, dtype=torch.int32),
-            torch.zeros(1, dtype=torch.int32),
-            torch.zeros(1, dtype=torch.bool),
-        )
+        self.outputs = {
+            "candidates": torch.zeros(rows, dtype=torch.int64),
+            "confidence": torch.zeros(rows),
+            "num_committed": torch.zeros(1, dtype=torch.int32),
+            "num_remaining": torch.zeros(1, dtype=torch.int32),
+            "done": torch.zeros(1, dtype=torch.bool),
+        }
         self.draw = {}
         if case.temperature > 0:
             self.draw = {
@@ -91,7 +91,7 @@ class Problem:
         self.is_masked.copy_(self.fresh_mask)
         ops.commit_(
             self.logits, self.tokens, self.is_masked, self.cu_seqlens, self.rule, self.threshold,
-            mask_token_id=MASK, **self.draw, **self.result._asdict(),
+            mask_token_id=MASK, **self.draw, **self.outputs,
         )  # fmt: skip
         return self.tokens
 
@@ -125,7 +125,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--budget", type=float, default=4.0, help="seconds a case")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     report = Report("commit")
     for case in GOALS if args.quick else CASES:
         torch.manual_seed(0)

@@ -10,7 +10,7 @@ namespace nld::NLD_ISA {
 
 constexpr int64_t kSliceLen = 16384;    // ids per work item
 constexpr int64_t kChunkLen = 2048;     // ids per pass over the L1 cache; divides kSliceLen
-constexpr int64_t kPrefetchLen = 1024;  // ids ahead; a page ends the processor's own read-ahead
+constexpr int64_t kPrefetchLen = 2048;  // ids ahead; a page ends the processor's own read-ahead
 constexpr float kInf = __builtin_inff();
 constexpr float kMaxFloat = __FLT_MAX__;
 
@@ -168,7 +168,14 @@ struct ArgmaxTracker {
   template <class Values>
   inline __attribute__((always_inline)) void finish(const Values& values, Best& total) {
     if (chunk_begin >= 0) {
-      for (int64_t i = chunk_begin; i < chunk_end; i += kLanes) {
+      int64_t i = chunk_begin;
+      for (; i + 4 * kLanes <= chunk_end; i += 4 * kLanes) {
+        if (any((values.vec(i) == best.value) | (values.vec(i + kLanes) == best.value) |
+                (values.vec(i + 2 * kLanes) == best.value) | (values.vec(i + 3 * kLanes) == best.value))) {
+          break;
+        }
+      }
+      for (; i < chunk_end; i += kLanes) {
         const VecF v = i + kLanes <= chunk_end ? values.vec(i) : values.partial(i, static_cast<int>(chunk_end - i));
         if (!any(v == best.value)) continue;
         for (int lane = kLanes - 1; lane >= 0; --lane) best.id = v[lane] == best.value ? i + lane : best.id;
@@ -255,9 +262,17 @@ constexpr float kRoundBias = 12582912.0f;  // 1.5 * 2^23
 constexpr float kLog2e = 1.44269504f;
 constexpr float kMaxReference = 1e6f;
 
+// How far values may rise above the reference. Fused, weights keep their digits however large they are; the entropy sum
+// and the unfused product lose some.
+template <bool kDot>
 NLD_INLINE Reference reference_at(float value) {
+#if defined(__AVX2__)
+  constexpr float kHeadroom = kDot ? 5.0f : 60.0f;
+#else
+  constexpr float kHeadroom = 5.0f;
+#endif
   const float exponent = (value * kLog2e + kRoundBias) - kRoundBias;
-  return {exponent, kRoundBias - exponent, exponent * kLn2, value - 80.0f, value + 5.0f};
+  return {exponent, kRoundBias - exponent, exponent * kLn2, value - 80.0f, value + kHeadroom};
 }
 
 // Relative error about 2e-7 for weights near 1. 2^r = 1 + r * Q(r), Q fitted for the smallest largest relative error
@@ -346,7 +361,7 @@ static void scan_softmax(const Values& values, int64_t begin, int64_t end, const
       if (first == -kInf) continue;
       fits = first > -kMaxReference && first < kMaxReference;
       if (!fits) break;
-      reference = reference_at(first);
+      reference = reference_at<kDot>(first);
       has_reference = true;
     }
     WeightSums<kDot> chunk_sums;  // apart first: shorter chains of additions round less
@@ -354,7 +369,7 @@ static void scan_softmax(const Values& values, int64_t begin, int64_t end, const
     if (chunk_top > reference.limit) {
       fits = chunk_top < kMaxReference;
       if (!fits) break;
-      const Reference next = reference_at(chunk_top);
+      const Reference next = reference_at<kDot>(chunk_top);
       sums.change_reference(reference, next);
       reference = next;
       sum_chunk(values, chunk, chunk_end, reference, chunk_sums);

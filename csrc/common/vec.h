@@ -188,21 +188,32 @@ NLD_INLINE VecF min(VecF a, VecF b) {
 #endif
 }
 
+// Folds the upper half of the lanes onto the lower half until one is left: the same order for every use. (Written as
+// shuffles because g++ makes loops over memory of the plain form.)
+template <class Op>
+NLD_INLINE float reduce(VecF v, const Op& op) {
+  typedef float Vec4 __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+  typedef float Vec8 __attribute__((vector_size(32)));
+  const Vec8 half = op((Vec8)__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                       (Vec8)__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+#elif defined(__AVX2__)
+  const VecF half = v;
+#endif
+#if defined(__AVX2__)
+  const Vec4 four =
+      op((Vec4)__builtin_shufflevector(half, half, 0, 1, 2, 3), (Vec4)__builtin_shufflevector(half, half, 4, 5, 6, 7));
+#else
+  const Vec4 four = v;
+#endif
+  const Vec4 two = op(four, (Vec4)__builtin_shufflevector(four, four, 2, 3, 2, 3));
+  return op(two, (Vec4)__builtin_shufflevector(two, two, 1, 1, 1, 1))[0];
+}
 NLD_INLINE float reduce_add(VecF v) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &v, sizeof(v));
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
+  return reduce(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
 }
 NLD_INLINE float reduce_max(VecF v) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &v, sizeof(v));
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-  }
-  return lanes[0];
+  return reduce(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
 // e^x for x <= 88: relative error about 1e-7. Below -87.3 the result is 0 (subnormals are flushed).

@@ -335,22 +335,25 @@ def commit_(
     al. 2025); Gumbel maximum with Philox4x32-10 (Salmon et al. 2011).
     Meaning: `reference.commit_`.
     """
-    rows, batch = block_tokens.shape[0], rule.shape[0]
-    result = CommitResult(
-        candidates=block_tokens.clone() if candidates is None else candidates,
-        confidence=logits.new_ones(rows, dtype=torch.float32) if confidence is None else confidence,
-        num_committed=rule.new_zeros(batch) if num_committed is None else num_committed,
-        num_remaining=rule.new_zeros(batch) if num_remaining is None else num_remaining,
-        done=rule.new_zeros(batch, dtype=torch.bool) if done is None else done,
-    )
+    if candidates is None:
+        candidates = block_tokens.clone()
+    if confidence is None:
+        confidence = torch.ones_like(block_tokens, dtype=torch.float32)
+    if num_committed is None:
+        num_committed = torch.zeros_like(rule)
+    if num_remaining is None:
+        num_remaining = torch.zeros_like(rule)
+    if done is None:
+        done = torch.zeros_like(rule, dtype=torch.bool)
     _nld.commit_(
         logits, block_tokens, is_masked, cu_seqlens, rule, threshold,
         mask_token_id=mask_token_id, quota=quota, revise_threshold=revise_threshold,
         is_fixed=is_fixed, banned_token_ids=banned_token_ids, eos_token_ids=eos_token_ids,
         temperature=temperature, seed=seed, positions=positions, purpose=int(purpose),
-        **result._asdict(),
+        candidates=candidates, confidence=confidence, num_committed=num_committed,
+        num_remaining=num_remaining, done=done,
     )  # fmt: skip
-    return result
+    return CommitResult(candidates, confidence, num_committed, num_remaining, done)
 
 
 @torch.library.register_fake("nld::commit_")
