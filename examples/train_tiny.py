@@ -2,7 +2,7 @@
 
     python examples/train_tiny.py --out build/nld-tiny            # the full recipe, resumable
     python examples/train_tiny.py --out build/nld-tiny --resume   # go on after an interruption
-    python examples/train_tiny.py --out /tmp/quick --quick        # seconds: does it run at all?
+    python examples/train_tiny.py --out build/quick --quick      # seconds: does it run at all?
 
 Three stages: (1) autoregressive only; (2) joint, L_AR + 0.3 L_diff on a noisy and a clean stream in
 one forward; (3) a LoRA on o_proj for drafting, everything else frozen. Batches depend only on
