@@ -283,7 +283,8 @@ NLD_INLINE Reference reference_at(float value) {
 }
 
 // 2^r = 1 + r * Q(r), Q fitted for the smallest largest relative error: 1.1e-7, with the table 4.3e-7.
-NLD_INLINE VecF weight(VecF clamped, const Reference& reference) {
+// The result is added to `sum`.
+NLD_INLINE VecF add_weight(VecF sum, VecF clamped, const Reference& reference) {
 #if defined(__AVX2__)
   const VecF t = fma(clamped, set1(kLog2e), set1(reference.bias)), n = t - reference.bias;
   const VecF r = fma(clamped, set1(kLog2e), -n);
@@ -297,7 +298,7 @@ NLD_INLINE VecF weight(VecF clamped, const Reference& reference) {
                        0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
   const VecI power = (VecI)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)as_int(t), (__m512i)powers);
   const VecF scale = as_float(power + (as_int(t) << 19));
-  return fma(scale * r, fma(r, set1(0x1.ebfbd6p-3f), set1(0x1.62e982p-1f)), scale);
+  return fma(scale, fma(fma(r, set1(0x1.ebfbd6p-3f), set1(0x1.62e982p-1f)), r, set1(1.0f)), sum);
 #else
   VecF p = set1(0x1.5bb9e4p-10f);
   p = fma(p, r, set1(0x1.3ceab4p-7f));
@@ -305,7 +306,7 @@ NLD_INLINE VecF weight(VecF clamped, const Reference& reference) {
   p = fma(p, r, set1(0x1.ebf9bcp-3f));
   p = fma(p, r, set1(0x1.62e42ap-1f));
   p = fma(p, r, set1(1.0f));
-  return as_float(as_int(p) + (as_int(t) << 23));
+  return sum + as_float(as_int(p) + (as_int(t) << 23));
 #endif
 }
 
@@ -315,9 +316,13 @@ struct WeightSums {
 
   inline __attribute__((always_inline)) void add(int i, VecF v, const Reference& reference) {
     const VecF clamped = max(v, set1(reference.floor));  // also where NaN and -inf end up
-    const VecF w = weight(clamped, reference);
-    sum[i] += w;
-    if (kDot) dot[i] = fma(w, clamped - reference.value, dot[i]);
+    if (kDot) {
+      const VecF weight = add_weight(VecF{}, clamped, reference);
+      sum[i] += weight;
+      dot[i] = fma(weight, clamped - reference.value, dot[i]);
+    } else {
+      sum[i] = add_weight(sum[i], clamped, reference);
+    }
   }
   inline __attribute__((always_inline)) void add(const WeightSums& chunk) {
     for (int i = 0; i < 2; ++i) {
@@ -401,7 +406,7 @@ static void scan_softmax(const Values& values, int64_t begin, int64_t end, const
   if (kBest) tracker.finish(values, best);
   if (!has_reference) return;
   // The weight of the maximum itself has the same systematic errors as the others: dividing by it removes them.
-  const float top_weight = weight(set1(top), reference)[0], sum = reduce_add(sums.sum[0] + sums.sum[1]);
+  const float top_weight = add_weight(VecF{}, set1(top), reference)[0], sum = reduce_add(sums.sum[0] + sums.sum[1]);
   const float dot = kDot ? reduce_add(sums.dot[0] + sums.dot[1]) + sum * (reference.value - top) : 0.0f;
   merge(total, {top, sum / top_weight, dot / top_weight});
 }
