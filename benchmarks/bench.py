@@ -188,6 +188,12 @@ def _cell(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
+def command() -> str:
+    """Return the command line; of absolute paths only the name, which means more elsewhere."""
+    arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
+    return f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(arguments)}".strip()
+
+
 class Report:
     """Collects the rows of one benchmark, prints them, writes them and the environment to JSON."""
 
@@ -245,7 +251,7 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         document = {
             "benchmark": self.name,
-            "command": f"python {Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip(),
+            "command": command(),
             "environment": environment(self.device),
             "copy_gbps": self.copy_gbps,
             "rows": self.rows,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import nld_cuda
-from bench import RESULTS, environment, table
+from bench import RESULTS, command, environment, table
 
 MODES: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},
@@ -136,7 +136,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     document = {
         "benchmark": "generate",
-        "command": "python benchmarks/bench_generate.py",
+        "command": command(),
         "environment": environment(),
         "speed": speed,
         "steps": steps,
