@@ -37,6 +37,17 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     _library.C.set_cpu_isa(_library.C.best_cpu_isa())
 
 
+# Test inputs are small: on a busy machine threads would mostly wait for each other. Tests of
+# threads set their own number.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(20261121)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 import nld_cuda
 from nld_cuda import cli
@@ -24,14 +22,6 @@ def run(capsys: Any, *argv: str) -> tuple[int, str, str]:
         cli.main(argv)
     out, err = capsys.readouterr()
     return int(stop.value.code or 0), out, err
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """The command sets the number of threads of its process; here that is everybody's."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

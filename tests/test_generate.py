@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nld_cuda
 from decode_cases import END_THINK, EOS, MASK, TinyModel, prompt, tiny_model
-from decode_cases import one_thread as one_thread
 from nld_cuda import NLDModel, StreamEvent
 from nld_cuda.decode.kv_cache import KVCache
 from nld_cuda.decode.options import make_requests, make_settings

@@ -12,7 +12,6 @@ from torch import Tensor
 import nld_cuda
 import oracle
 from decode_cases import END_THINK, EOS, TinyModel, options, prompt, tiny_model
-from decode_cases import one_thread as one_thread
 from nld_cuda import ops, reference
 from nld_cuda.model import transformer
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 import nld_cuda
 from decode_cases import TinyModel, tiny_model
-from decode_cases import one_thread as one_thread
 from nld_cuda.decode import linear_spec
 from nld_cuda.ops import Purpose
 from oracle import causal_mask
@@ -30,7 +29,7 @@ def tiny() -> TinyModel:
 
 
 @pytest.fixture(scope="module")
-def exact(tiny: TinyModel, one_thread: None) -> Tensor:
+def exact(tiny: TinyModel) -> Tensor:
     """Probability of every sequence of NEW tokens, in the order of `itertools.product`."""
     logits = tiny.logits()
     prefixes = [p for n in range(NEW) for p in itertools.product(range(VOCAB), repeat=n)]

@@ -93,28 +93,23 @@ def test_tokenizer_round_trip_and_digits() -> None:
 
 
 def test_interrupted_training_goes_on_exactly(tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # one order of summation
-    try:
-        recipe = replace(train_tiny.QUICK, ar_steps=2, joint_steps=2, lora_steps=2)
-        options = {"save_every_s": math.inf, "log_every": 1, "quiet": True}
-        whole = train_tiny.Run(recipe, tmp_path / "whole")
-        assert whole.train(math.inf, **options)
-        steps = 0
-        while True:
-            part = train_tiny.Run(recipe, tmp_path / "part")
-            if steps:
-                part.resume()
-            if part.train(0, **options):  # no minutes: stops after one step
-                break
-            steps += 1
-        assert steps == 6
-        for name, tensor in whole.model.state_dict().items():
-            assert torch.equal(tensor, part.model.state_dict()[name]), name
-        for name, tensor in whole.lora.peft_state().items():
-            assert torch.equal(tensor, part.lora.peft_state()[name]), name
-    finally:
-        torch.set_num_threads(threads)
+    recipe = replace(train_tiny.QUICK, ar_steps=2, joint_steps=2, lora_steps=2)
+    options = {"save_every_s": math.inf, "log_every": 1, "quiet": True}
+    whole = train_tiny.Run(recipe, tmp_path / "whole")
+    assert whole.train(math.inf, **options)
+    steps = 0
+    while True:
+        part = train_tiny.Run(recipe, tmp_path / "part")
+        if steps:
+            part.resume()
+        if part.train(0, **options):  # no minutes: stops after one step
+            break
+        steps += 1
+    assert steps == 6
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, part.model.state_dict()[name]), name
+    for name, tensor in whole.lora.peft_state().items():
+        assert torch.equal(tensor, part.lora.peft_state()[name]), name
 
 
 def test_resume_refuses_another_recipe(tmp_path: Path) -> None:
