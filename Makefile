@@ -50,6 +50,7 @@ lint: .venv/.dev
 	$(PY) -m ruff format --check .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs .venv/bin/clang-format --dry-run --Werror
 	$(PY) -m mypy
+	$(PY) scripts/readme_numbers.py --check
 
 # Builds the wheel a user would get and checks its symbols and its manylinux tag.
 wheel-check: .venv/.dev

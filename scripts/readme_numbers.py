@@ -1,4 +1,4 @@
-"""Write the README's tables from the JSON in benchmarks/results, or check that they agree.
+"""Write the tables of README and docs/benchmarks.md from benchmarks/results, or check them.
 
 Usage: python scripts/readme_numbers.py [--check]
 """
@@ -6,12 +6,14 @@ Usage: python scripts/readme_numbers.py [--check]
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.resolve()
+OPS = ("attention", "commit", "verify", "append")
 README = ROOT / "README.md"
 BEGIN, END = "<!-- numbers: scripts/readme_numbers.py writes this part -->", "<!-- end -->"
 
@@ -47,35 +49,61 @@ def decoding() -> Iterator[str]:
     yield source(document)
 
 
-def kernels() -> Iterator[str]:
-    yield "**Ops against eager torch and others**, medians; above 1x: we are faster."
-    for name in ("attention", "commit", "verify", "append"):
+def ratios(document: dict[str, Any]) -> dict[str, list[float]]:
+    """Return baseline time / our time of every case, by baseline; CPU-time twins left out."""
+    found: dict[str, list[float]] = {}
+    for row in document["rows"]:
+        for key, value in row.items():
+            if key.startswith("x ") and key != "x cpu":
+                found.setdefault(key[2:], []).append(value)
+    return found
+
+
+def summary() -> Iterator[str]:
+    yield "**Ops**: the baseline's time / ours over all cases of a benchmark (above 1: we win)."
+    yield ""
+    yield "| op | baseline | cases | least | median | most |"
+    yield "|---|---|---|---|---|---|"
+    for name in OPS:
+        for baseline, values in ratios(load(name)).items():
+            low, mid, high = min(values), statistics.median(values), max(values)
+            yield f"| {name} | {baseline} | {len(values)} | {low:.2f} | {mid:.2f} | {high:.2f} |"
+    yield ""
+    yield "Every case, with commands: [docs/benchmarks.md](docs/benchmarks.md)."
+
+
+def details() -> Iterator[str]:
+    yield "# Benchmarks of the ops"
+    yield ""
+    yield "Written by `python scripts/readme_numbers.py` from `benchmarks/results/`. Medians; `x` is"
+    yield "the baseline's time / ours in the same run."
+    for name in OPS:
         document = load(name)
-        baselines = sorted({key[2:] for r in document["rows"] for key in r if key.startswith("x ")})
+        baselines = list(ratios(document))
         yield ""
         yield "| " + " | ".join([name, "time", *(f"x {b}" for b in baselines)]) + " |"
         yield "|---" * (2 + len(baselines)) + "|"
         for row in document["rows"]:
-            ratios = [f"{row[f'x {b}']:.2f}" if f"x {b}" in row else "-" for b in baselines]
+            cells = [f"{row[f'x {b}']:.2f}" if f"x {b}" in row else "-" for b in baselines]
             label = " ".join(str(row[k]) for k in ("case", "dtype") if k in row)
-            yield "| " + " | ".join([label, us(row["us"]), *ratios]) + " |"
+            yield "| " + " | ".join([label, us(row["us"]), *cells]) + " |"
         yield ""
-        yield source(document)
+        yield f"{source(document)}; measured copy bandwidth {document['copy_gbps']:.1f} GB/s"
 
 
 def main() -> None:
-    text = README.read_text()
-    head, _, rest = text.partition(BEGIN)
+    head, _, rest = README.read_text().partition(BEGIN)
     _, _, tail = rest.partition(END)
-    numbers = "\n".join([*decoding(), "", *kernels()])
-    new = f"{head}{BEGIN}\n{numbers}\n{END}{tail}"
-    if "--check" in sys.argv[1:]:
-        if new != text:
-            sys.exit(
-                "README.md: numbers differ from the JSON: run python scripts/readme_numbers.py"
-            )
-    else:
-        README.write_text(new)
+    numbers = "\n".join([*decoding(), "", *summary()])
+    pages = {
+        README: f"{head}{BEGIN}\n{numbers}\n{END}{tail}",
+        ROOT / "docs/benchmarks.md": "\n".join(details()) + "\n",
+    }
+    for path, new in pages.items():
+        if "--check" not in sys.argv[1:]:
+            path.write_text(new)
+        elif path.read_text() != new:
+            sys.exit(f"{path.name} differs from the JSON: run python scripts/readme_numbers.py")
 
 
 if __name__ == "__main__":
