@@ -75,8 +75,8 @@ def summary() -> Iterator[str]:
 def details() -> Iterator[str]:
     yield "# Benchmarks of the ops"
     yield ""
-    yield "Written by `python scripts/readme_numbers.py` from `benchmarks/results/`. Medians; `x` is"
-    yield "the baseline's time / ours in the same run."
+    yield "Written by `python scripts/readme_numbers.py` from `benchmarks/results/`. Medians;"
+    yield "`x` is the baseline's time / ours in the same run."
     for name in OPS:
         document = load(name)
         baselines = list(ratios(document))
