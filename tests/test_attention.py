@@ -22,7 +22,7 @@ from cases import (
     AttentionCase,
     Request,
 )
-from compare import assert_accurate, assert_equal
+from compare import COMPILE_BACKEND, assert_accurate, assert_equal
 from nld_cuda import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -321,7 +321,7 @@ def test_compiles_with_dynamic_shapes() -> None:
         ops.block_attention(*args, **options, out=out, lse=lse)
         return first + out
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    compiled = torch.compile(step, backend=COMPILE_BACKEND, fullgraph=True, dynamic=True)
     for rows in (3, 7, 12):
         case = AttentionCase("x", (Request(rows, 40, FULL), Request(rows + 1, 50)), dim=32)
         args, options = make(case, torch.float32)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from compare import assert_accurate, assert_equal
+from compare import COMPILE_BACKEND, assert_accurate, assert_equal
 from nld_cuda import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -324,7 +324,7 @@ def test_compiles_with_dynamic_shapes() -> None:
         ops.rope_append_(q, k, v, k_cache, v_cache, positions, slots, inv_freq)
         return q * 2
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    compiled = torch.compile(step, backend=COMPILE_BACKEND, fullgraph=True, dynamic=True)
     for tokens in (5, 9, 33):
         data = make(
             Case(tokens, case.heads, case.kv_heads, case.dim, case.page_size), torch.float32, "cpu"
@@ -344,7 +344,7 @@ def test_compact_compiles_with_dynamic_shapes() -> None:
         ops.compact_(k_cache, v_cache, table, base, offsets, kept)
         return base + kept
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    compiled = torch.compile(step, backend=COMPILE_BACKEND, fullgraph=True, dynamic=True)
     for batch, max_kept in ((2, 3), (3, 4), (5, 2)):
         # Two tensors: inductor (torch 2.13) loses writes to the second of two views of one tensor.
         k_cache, v_cache = (torch.randn(2, 4 * batch, 4, 2, 8) for _ in range(2))

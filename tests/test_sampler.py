@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compare import assert_accurate, assert_equal
+from compare import COMPILE_BACKEND, assert_accurate, assert_equal
 from nld_cuda import _library, ops, reference
 from nld_cuda.ops import CommitRule
 
@@ -547,7 +547,7 @@ def test_compiles_with_dynamic_shapes() -> None:
         result = ops.commit_(*args, mask_token_id=MASK, **named)
         return tuple(result)
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    compiled = torch.compile(step, backend=COMPILE_BACKEND, fullgraph=True, dynamic=True)
     for lens in ((3, 2), (4, 4, 1), (9, 2)):
         data = make(
             Case(lens, 50 + len(lens), (CommitRule.THRESHOLD, CommitRule.QUOTA), sampled=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compare import assert_equal
+from compare import COMPILE_BACKEND, assert_equal
 from nld_cuda import ops, reference
 from nld_cuda.ops import VerifyMode
 
@@ -434,7 +434,7 @@ def test_compiles_with_dynamic_shapes() -> None:
         counts = ops.verify_(**args)
         return counts.num_emitted + args["out_lens"]
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    compiled = torch.compile(step, backend=COMPILE_BACKEND, fullgraph=True, dynamic=True)
     for counts in ([3, 4, 1], [2, 2, 5, 6], [9, 1]):
         args = make(counts, 30, [1] * len(counts))
         del args["num_emitted"], args["num_accepted"]
