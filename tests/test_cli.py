@@ -12,6 +12,7 @@ import pytest
 import nld_cuda
 from nld_cuda import cli
 from nld_cuda.cli import demo_problems
+from nld_cuda.decode.run import MODES
 
 PROMPT = next(p["prompt"] for p in demo_problems())
 
@@ -98,6 +99,10 @@ def test_compare(capsys: Any) -> None:
     code, out, _ = run(capsys, "compare", PROMPT, "--max-new-tokens", "48")
     assert code == 0
     assert "tokens/forward" in out and "equal to ar" in out
+
+
+def test_every_decode_mode_has_a_name_here() -> None:
+    assert {mode.replace("-", "_") for mode in cli.MODES} == set(MODES)
 
 
 def test_info(capsys: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +13,11 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+import tiny_tasks as tasks
+import train_tiny
+
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "python" / "nld_cuda" / "assets" / "nld-tiny"
-sys.path.insert(0, str(ROOT / "examples"))
-
-tasks = pytest.importorskip("tiny_tasks")
-train_tiny = pytest.importorskip("train_tiny")
 
 
 @pytest.mark.parametrize("kind", tasks.KINDS)

@@ -240,7 +240,7 @@ def run_compare(args: argparse.Namespace) -> int:
         problems = [{"prompt": read_prompt(args), "answer": None, "kind": None}]
     model = load_model(args)
     runs = [(mode, decode_options(args, mode, all_modes=True)) for mode in MODES]
-    # Two first rounds are not counted: they pay for page faults and torch's own set-up.
+    # A short first round is not counted: it pays for page faults and torch's own set-up.
     for mode_options in (options for _, options in runs):
         nld_cuda.generate(model, [problems[0]["prompt"]], **{**mode_options, "max_new_tokens": 16})
     records = []

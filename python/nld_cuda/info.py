@@ -33,8 +33,3 @@ def build_info() -> dict[str, Any]:
         "devices": devices,
         "library": str(_library.LIBRARY_PATH),
     }
-
-
-def cuda_usable() -> bool:
-    """Tell whether the ops take CUDA tensors: a device is there and kernels were compiled."""
-    return torch.cuda.is_available() and _library.C is not None and bool(_library.C.cuda_archs())
