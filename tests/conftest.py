@@ -1,4 +1,4 @@
-"""Backends of the test bodies: the CPU kernels of each ISA this machine runs, CUDA when present."""
+"""Backends of the test bodies: the CPU kernels of each ISA, emulated CUDA, and CUDA itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from nld_cuda import _library
+import emulated
+from nld_cuda import _library, ops
 
 ISAS = ("baseline", "avx2", "avx512")
 
@@ -22,16 +23,20 @@ class Backend:
 def _backends() -> list[Backend]:
     isas = ISAS[: ISAS.index(_library.C.best_cpu_isa()) + 1]
     backends = [Backend(f"cpu-{isa}", "cpu") for isa in isas]
+    backends.append(Backend("emulated", "cpu"))
     if torch.cuda.is_available() and _library.C.cuda_archs():
         backends.append(Backend("cuda", "cuda"))
     return backends
 
 
 @pytest.fixture(params=_backends(), ids=lambda b: b.name)
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Run a test body once per backend; CPU backends force their ISA for its duration."""
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+    """Run a test body once per backend; what the backend needs is set up for its duration."""
     chosen: Backend = request.param
-    if chosen.device == "cpu":
+    if chosen.name == "emulated":
+        emulated.configure()
+        monkeypatch.setattr(ops, "_nld", emulated.Ops())
+    elif chosen.device == "cpu":
         _library.C.set_cpu_isa(chosen.name.removeprefix("cpu-"))
     yield chosen
     _library.C.set_cpu_isa(_library.C.best_cpu_isa())

@@ -53,7 +53,7 @@ def name(path: Path) -> str:
 def test_the_rules_see_the_sources() -> None:
     assert {"attention", "kv_cache", "sampler", "verify"} <= op_folders()
     assert len(CPP) > 15
-    assert includes(CSRC / "kv_cache" / "op.cpp")[:1] == ["common/check.h"]
+    assert "common/stream.h" in includes(CSRC / "kv_cache" / "op.cpp")
 
 
 # ---- C++ -----------------------------------------------------------------------------------------
@@ -74,13 +74,13 @@ def test_torch_headers_only_where_tensors_are_known(path: Path) -> None:
 @pytest.mark.parametrize("path", CPP, ids=name)
 def test_ops_do_not_include_each_other(path: Path) -> None:
     own = path.relative_to(CSRC).parts[0]
-    allowed = {"common", "emulator"} if own == "emulator" else {own, "common"}
-    if own == "common":
-        allowed = {"common"}
+    allowed = {own, "common"}
+    if path.name in ("prelude.cuh", "ptx.cuh"):  # where nvcc and the emulator part ways
+        allowed.add("emulator")
     for header in includes(path):
         folder = header.split("/")[0] if "/" in header else None
         if folder in op_folders() | {"common", "emulator"}:
-            assert folder in allowed or own == "emulator", f"{name(path)} must not include {header}"
+            assert folder in allowed, f"{name(path)} must not include {header}"
         assert ".." not in header.split("/"), (
             f"{name(path)} must include by full path, not {header}"
         )

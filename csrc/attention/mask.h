@@ -8,11 +8,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define NLD_HD __host__ __device__ inline
-#else
-#define NLD_HD static inline
-#endif
+#include "common/hd.h"
 
 namespace nld {
 

@@ -6,11 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__CUDACC__)
-#define NLD_HD static __host__ __device__ __forceinline__
-#else
-#define NLD_HD static inline __attribute__((always_inline))
-#endif
+#include "common/hd.h"
 
 namespace nld {
 

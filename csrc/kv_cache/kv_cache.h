@@ -47,6 +47,10 @@ struct KvCacheCpu {
   void (*rope_append)(const RopeAppendParams&, int64_t token_begin, int64_t token_end);
   void (*compact)(const CompactParams&, int64_t item_begin, int64_t item_end);  // item = layer * batch + request
 };
+// CUDA: on the given cudaStream_t; null, or why the launch failed.
+const char* launch_rope_append(const RopeAppendParams&, void* stream);
+const char* launch_compact(const CompactParams&, void* stream);
+
 namespace baseline {
 extern const KvCacheCpu kv_cache_cpu;
 }

@@ -1,18 +1,10 @@
-// torch.ops.nld.rope_append_ and compact_: schemas, checks, CPU implementations.
-#include "common/check.h"
+// torch.ops.nld.rope_append_ and compact_: schemas, checks, CPU and CUDA implementations.
 #include "common/cpu_isa.h"
+#include "common/stream.h"
 #include "kv_cache/kv_cache.h"
 
 namespace nld {
 namespace {
-
-const KvCacheCpu& cpu_kernels() {
-#if defined(NLD_X86)
-  return pick_isa(baseline::kv_cache_cpu, avx2::kv_cache_cpu, avx512::kv_cache_cpu);
-#else
-  return baseline::kv_cache_cpu;
-#endif
-}
 
 // k/v cache -> pointer and strides; `first` is the dimension of the pages (1 where layers come first).
 PagedCache paged_cache(const Tensor& t, int first) {
@@ -88,19 +80,6 @@ RopeAppendParams rope_append_params(const Tensor& q, const Tensor& k, const Tens
           .query_scale_len = query_scale_len};
 }
 
-void rope_append_cpu(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor positions,
-                     Tensor slot_mapping, Tensor inv_freq, double attention_scaling, double query_scale_beta,
-                     int64_t query_scale_len) {
-  const RopeAppendParams p = rope_append_params(q, k, v, k_cache, v_cache, positions, slot_mapping, inv_freq,
-                                                attention_scaling, query_scale_beta, query_scale_len);
-  const KvCacheCpu& cpu = cpu_kernels();
-  // About 64k elements a thread: below that, starting a second thread costs more than it saves.
-  const int64_t per_token = (p.num_heads + 2 * p.num_kv_heads) * p.head_dim;
-  const int64_t grain = per_token > 0 ? 1 + 65536 / per_token : 1;
-  torch::stable::parallel_for(0, p.total_tokens, grain,
-                              [&](int64_t begin, int64_t end) { cpu.rope_append(p, begin, end); });
-}
-
 CompactParams compact_params(const Tensor& k_cache, const Tensor& v_cache, const Tensor& page_table,
                              const Tensor& base_lens, const Tensor& src_offsets, const Tensor& num_kept) {
   const char* op = "compact_";
@@ -138,6 +117,28 @@ CompactParams compact_params(const Tensor& k_cache, const Tensor& v_cache, const
           .num_kept = ptr<int32_t>(num_kept)};
 }
 
+#if !NLD_EMULATED
+const KvCacheCpu& cpu_kernels() {
+#if defined(NLD_X86)
+  return pick_isa(baseline::kv_cache_cpu, avx2::kv_cache_cpu, avx512::kv_cache_cpu);
+#else
+  return baseline::kv_cache_cpu;
+#endif
+}
+
+void rope_append_cpu(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor positions,
+                     Tensor slot_mapping, Tensor inv_freq, double attention_scaling, double query_scale_beta,
+                     int64_t query_scale_len) {
+  const RopeAppendParams p = rope_append_params(q, k, v, k_cache, v_cache, positions, slot_mapping, inv_freq,
+                                                attention_scaling, query_scale_beta, query_scale_len);
+  const KvCacheCpu& cpu = cpu_kernels();
+  // About 64k elements a thread: below that, starting a second thread costs more than it saves.
+  const int64_t per_token = (p.num_heads + 2 * p.num_kv_heads) * p.head_dim;
+  const int64_t grain = per_token > 0 ? 1 + 65536 / per_token : 1;
+  torch::stable::parallel_for(0, p.total_tokens, grain,
+                              [&](int64_t begin, int64_t end) { cpu.rope_append(p, begin, end); });
+}
+
 void compact_cpu(Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor base_lens, Tensor src_offsets,
                  Tensor num_kept) {
   const CompactParams p = compact_params(k_cache, v_cache, page_table, base_lens, src_offsets, num_kept);
@@ -145,10 +146,29 @@ void compact_cpu(Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor base_
   torch::stable::parallel_for(0, p.num_layers * p.batch, 4,
                               [&](int64_t begin, int64_t end) { cpu.compact(p, begin, end); });
 }
+#endif
+
+#if NLD_CUDA
+void rope_append_cuda(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor positions,
+                      Tensor slot_mapping, Tensor inv_freq, double attention_scaling, double query_scale_beta,
+                      int64_t query_scale_len) {
+  const RopeAppendParams p = rope_append_params(q, k, v, k_cache, v_cache, positions, slot_mapping, inv_freq,
+                                                attention_scaling, query_scale_beta, query_scale_len);
+  const CudaScope scope(q);
+  check_launch("rope_append_", launch_rope_append(p, scope.stream()));
+}
+
+void compact_cuda(Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor base_lens, Tensor src_offsets,
+                  Tensor num_kept) {
+  const CompactParams p = compact_params(k_cache, v_cache, page_table, base_lens, src_offsets, num_kept);
+  const CudaScope scope(k_cache);
+  check_launch("compact_", launch_compact(p, scope.stream()));
+}
+#endif
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(nld, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(NLD_NAMESPACE, m) {
   m.def(
       "rope_append_(Tensor(a!) q, Tensor k, Tensor v, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor positions, "
       "Tensor slot_mapping, Tensor inv_freq, *, float attention_scaling=1.0, float query_scale_beta=0.0, "
@@ -158,9 +178,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nld, m) {
       "Tensor num_kept) -> ()");
 }
 
+#if !NLD_EMULATED
 STABLE_TORCH_LIBRARY_IMPL(nld, CPU, m) {
   m.impl("rope_append_", TORCH_BOX(&rope_append_cpu));
   m.impl("compact_", TORCH_BOX(&compact_cpu));
 }
+#endif
+#if NLD_CUDA
+STABLE_TORCH_LIBRARY_IMPL(NLD_NAMESPACE, NLD_CUDA_KEY, m) {
+  m.impl("rope_append_", TORCH_BOX(&rope_append_cuda));
+  m.impl("compact_", TORCH_BOX(&compact_cuda));
+}
+#endif
 
 }  // namespace nld

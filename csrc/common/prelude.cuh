@@ -1,0 +1,96 @@
+// The only place that knows whether nvcc or the CPU emulator compiles a kernel. Every .cuh and launch*.cu starts here.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define NLD_ON_DEVICE 1
+// Parentheses around the kernel let template arguments contain commas. `stream` is a void*: headers that torch code
+// includes know no CUDA types.
+#define NLD_LAUNCH(kernel, grid, block, smem_bytes, stream, ...) \
+  (kernel)<<<(grid), (block), (smem_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define NLD_DYNAMIC_SMEM(Type, name)                          \
+  extern __shared__ __align__(1024) unsigned char nld_smem[]; \
+  Type* const name = reinterpret_cast<Type*>(nld_smem)
+#else
+#include "emulator/emulator.h"
+
+#define NLD_ON_DEVICE 0
+#define NLD_LAUNCH(kernel, grid_, block_, smem_bytes, stream, ...)                                                 \
+  (static_cast<void>(stream), ::emu::launch({dim3(grid_), dim3(block_), static_cast<size_t>(smem_bytes)}, #kernel, \
+                                            [&] { (kernel)(__VA_ARGS__); }))
+#define NLD_DYNAMIC_SMEM(Type, name) Type* const name = reinterpret_cast<Type*>(::emu::t_cur->block->smem)
+#endif
+
+// NLD_BUG(name): an injected bug, off on a GPU; tests switch it on under the emulator and must see it caught.
+// NLD_DEVICE_CHECK(condition, text): rules about device data, in debug builds and under the emulator.
+#if NLD_ON_DEVICE
+#define NLD_BUG(name) false
+#if NLD_DEBUG
+#define NLD_DEVICE_CHECK(condition, text)                                        \
+  do {                                                                           \
+    if (!(condition)) {                                                          \
+      printf("%s:%d: %s must hold: %s\n", __FILE__, __LINE__, #condition, text); \
+      __trap();                                                                  \
+    }                                                                            \
+  } while (false)
+#else
+#define NLD_DEVICE_CHECK(condition, text) static_cast<void>(0)
+#endif
+#else
+#define NLD_BUG(name) (::emu::bug_is_on(#name))
+#define NLD_DEVICE_CHECK(condition, text)                                                           \
+  do {                                                                                              \
+    if (!(condition)) ::emu::fail(#condition " must hold: " text, std::source_location::current()); \
+  } while (false)
+#endif
+
+namespace nld {
+
+constexpr unsigned kFullMask = 0xffffffffu;
+constexpr int kWarpSize = 32;
+
+// What a launcher returns: null, or why the launch failed. op.cpp turns it into an exception that names the op.
+using LaunchError = const char*;
+
+// The result of the launches since the last call. Launches are asynchronous: a fault inside a kernel shows up later.
+inline LaunchError launch_result() {
+#if NLD_ON_DEVICE
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+#else
+  return nullptr;  // the emulator runs a kernel to its end and throws
+#endif
+}
+
+// More than 48 KiB of dynamic shared memory must be asked for, once per kernel and device.
+template <class Kernel>
+LaunchError allow_smem(Kernel kernel, int smem_bytes) {
+#if NLD_ON_DEVICE
+  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+#else
+  static_cast<void>(kernel);
+  static_cast<void>(smem_bytes);
+  return nullptr;
+#endif
+}
+
+// Multiprocessors of the current device.
+inline int num_sms() {
+#if NLD_ON_DEVICE
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+#else
+  return 4;
+#endif
+}
+
+}  // namespace nld

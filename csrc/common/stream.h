@@ -1,0 +1,52 @@
+// The torch side of a CUDA launch: the tensors' device made current, and torch's stream on it.
+#pragma once
+
+#include "common/check.h"
+
+#if !NLD_EMULATED
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+// Null under a torch without CUDA; binds to libtorch_cuda otherwise. Weak, so that one library serves both.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#pragma weak aoti_torch_get_current_cuda_stream
+#endif
+
+// The library whose ops a file defines, and the dispatch key of their CUDA implementations. libnld_emulated runs the
+// same code on CPU tensors, as torch.ops.nld_emulated.
+#if NLD_EMULATED
+#define NLD_NAMESPACE nld_emulated
+#define NLD_CUDA_KEY CPU
+#else
+#define NLD_NAMESPACE nld
+#define NLD_CUDA_KEY CUDA
+#endif
+
+namespace nld {
+
+#if NLD_EMULATED
+class CudaScope {
+ public:
+  explicit CudaScope(const Tensor&) {}
+  void* stream() const { return nullptr; }
+};
+#else
+class CudaScope {
+ public:
+  explicit CudaScope(const Tensor& like) : guard_(like.get_device_index()) {
+    if (aoti_torch_get_current_cuda_stream == nullptr) fail("nld_cuda: this torch has no CUDA");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
+  }
+  void* stream() const { return stream_; }  // a cudaStream_t
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+#endif
+
+inline void check_launch(const char* op, const char* error) {
+  if (error != nullptr) fail(op, ": the CUDA launch must succeed, got: ", error);
+}
+
+}  // namespace nld
