@@ -108,8 +108,6 @@ void switch_to(Thread* from, Thread* to) {  // null means the OS thread's own st
 #endif
 }
 
-void run_tma(size_t i);
-
 Thread* pick() {
   Group& g = *t_group;
   while (!g.tma.empty() && options().async == Async::Random && g.rng() % 8 == 0) run_tma(g.rng() % g.tma.size());
@@ -139,21 +137,6 @@ void suspend() {  // caller has set status and queues
   Thread* me = self();
   Thread* next = pick();
   if (next != me) switch_to(me, next);
-}
-
-void make_ready(Thread* t) {
-  t->status = Thread::Status::Ready;
-  t_group->ready.push_back(t);
-  t_group->idle_spins = 0;
-}
-
-void block_on(const char* what, Loc loc, unsigned mask = 0) {
-  Thread* me = self();
-  me->status = Thread::Status::Blocked;
-  me->waiting_for = what;
-  me->where = loc;
-  me->wait_mask = mask;
-  suspend();
 }
 
 std::string place(Loc l) {
@@ -196,8 +179,7 @@ std::string describe(const Group& g) {  // who waits where, folded into ranges
 #endif
   (*t_kernel)();
   Thread* me = self();
-  for (auto& grp : me->copy_groups)
-    for (auto& c : grp) std::memcpy(c.dst, c.src, c.valid);
+  finish_copies(me);
   Group& g = *t_group;
   me->status = Thread::Status::Exited;
   g.idle_spins = 0;
@@ -296,6 +278,21 @@ void run_group(const Config& cfg, const char* name, const std::function<void()>&
 }
 
 }  // namespace
+
+void make_ready(Thread* t) {
+  t->status = Thread::Status::Ready;
+  t_group->ready.push_back(t);
+  t_group->idle_spins = 0;
+}
+
+void block_on(const char* what, Loc loc, unsigned mask) {
+  Thread* me = self();
+  me->status = Thread::Status::Blocked;
+  me->waiting_for = what;
+  me->where = loc;
+  me->wait_mask = mask;
+  suspend();
+}
 
 Group& group() { return *t_group; }
 uint64_t switches() { return g_switches; }
@@ -481,6 +478,7 @@ void complete(Barrier& b, Thread* me) {
   b.count = b.any = 0;
   b.all = 1;
 }
+}  // namespace
 void barrier(Barrier& b, unsigned expected, const char* op, bool wait, Loc loc) {
   Thread* me = self();
   if (!b.arrived) {
@@ -497,6 +495,7 @@ void barrier(Barrier& b, unsigned expected, const char* op, bool wait, Loc loc) 
   if (++b.arrived == b.expected) return complete(b, me);
   if (wait) block_on(op, loc);
 }
+namespace {
 unsigned resolve(unsigned count, Loc loc) {
   if (count % 32) fail("bar.sync: thread count is not a multiple of 32", loc);
   if (count) return count;
@@ -522,10 +521,6 @@ int bar_reduce(int v, int kind, const char* op, Loc loc) {
   barrier(b, resolve(0, loc), op, true, loc);
   return kind == 0 ? b.r_count : kind == 1 ? b.r_all : b.r_any;
 }
-void cluster_sync(Loc loc) {
-  barrier(t_group->cluster_bar, unsigned(t_group->threads.size()), "cluster_sync", true, loc);
-}
-
 void spin_hint(Loc loc) {
   Thread* me = self();
   if (++t_group->idle_spins > 20'000'000)
@@ -538,252 +533,11 @@ void spin_hint(Loc loc) {
 
 unsigned smem_addr(const void* p) { return unsigned(static_cast<const unsigned char*>(p) - self()->block->smem); }
 void* smem_ptr(unsigned a) { return self()->block->smem + a; }
-void* map_rank(void* p, unsigned rank) { return t_group->blocks.at(rank).smem + smem_addr(p); }
 void note_read(const void* p, size_t n, Loc l) {
   if (race::enabled) race::access(race::Read, p, n, pack_where(l));
 }
 void note_write(const void* p, size_t n, Loc l) {
   if (race::enabled) race::access(race::Write, p, n, pack_where(l));
-}
-
-// ---- cp.async -----------------------------------------------------------------------------
-namespace {
-void perform(CopyOp& c) {
-  std::memcpy(c.dst, c.src, c.valid);
-  std::memset(static_cast<unsigned char*>(c.dst) + c.valid, 0, c.bytes - c.valid);
-}
-}  // namespace
-
-void cp_async(void* dst, const void* src, unsigned bytes, unsigned valid, Loc loc) {
-  if (reinterpret_cast<uintptr_t>(dst) % bytes || (valid && reinterpret_cast<uintptr_t>(src) % bytes))
-    fail("cp.async: address not aligned to its size", loc);
-  if (valid > bytes) fail("cp.async: source size exceeds copy size", loc);
-  const Block* b = self()->block;
-  auto* d = static_cast<unsigned char*>(dst);
-  if (d < b->smem || d + bytes > b->smem + b->smem_bytes)
-    fail("cp.async: destination outside the block's shared memory", loc);
-  CopyOp c{dst, src, bytes, valid, pack_where(loc)};
-  if (race::enabled) race::access(race::AsyncIssue, dst, bytes, c.where);
-  const Async mode = options().async;
-  const bool now = mode == Async::Eager || (mode == Async::Random && t_group->rng() % 2);
-  if (now) {
-    perform(c);
-    c.src = nullptr;
-  } else if (mode == Async::Lazy)
-    std::memset(dst, 0xff, bytes);  // NaN until it lands
-  self()->open_copies.push_back(c);
-}
-void cp_async_commit() {
-  Thread* me = self();
-  me->copy_groups.push_back(std::move(me->open_copies));
-  me->open_copies.clear();
-}
-void cp_async_wait(unsigned pending, Loc) {
-  Thread* me = self();
-  while (me->copy_groups.size() > pending) {
-    for (CopyOp& c : me->copy_groups.front()) {
-      if (c.src) perform(c);
-      if (race::enabled) race::access(race::AsyncDone, c.dst, c.bytes, c.where);
-    }
-    me->copy_groups.pop_front();
-  }
-}
-
-// ---- mbarrier --------------------------------------------------------------------------------
-namespace {
-MBar& find_bar(uint64_t* p, Loc loc) {
-  auto it = t_group->mbars.find(p);
-  if (it == t_group->mbars.end()) fail("mbarrier used before mbarrier.init", loc);
-  return it->second;
-}
-void settle(MBar& b) {
-  if (b.pending || b.tx) return;
-  b.phase ^= 1;
-  b.pending = b.count;
-  b.done = std::exchange(b.next, {});
-  for (auto it = b.waiting.begin(); it != b.waiting.end();)
-    if (it->parity != b.phase) {
-      make_ready(it->t);
-      it = b.waiting.erase(it);
-    } else
-      ++it;
-}
-}  // namespace
-
-void mbar_init(uint64_t* p, unsigned count, Loc loc) {
-  if (reinterpret_cast<uintptr_t>(p) % 8) fail("mbarrier: not 8-byte aligned", loc);
-  MBar b;
-  b.count = b.pending = count;
-  t_group->mbars[p] = std::move(b);
-}
-void mbar_arrive(uint64_t* p, unsigned tx, Loc loc) {
-  MBar& b = find_bar(p, loc);
-  if (!b.pending) fail("mbarrier: more arrivals than its count in one phase", loc);
-  b.tx += tx;
-  --b.pending;
-  race::release(self(), b.next);
-  settle(b);
-}
-void mbar_wait(uint64_t* p, unsigned parity, Loc loc) {
-  MBar& b = find_bar(p, loc);
-  if (b.phase == parity) {
-    b.waiting.push_back({self(), parity});
-    block_on("mbarrier wait", loc);
-  }
-  race::acquire(self(), find_bar(p, loc).done);
-}
-void fence_proxy_async() { race::proxy_fence(self()); }
-
-// ---- TMA -----------------------------------------------------------------------------------------
-namespace {
-// Swizzle<B,4,3> on byte addresses: xor bits 4.. with the bits three places up.
-uintptr_t swizzled(uintptr_t a, Swizzle s) { return a ^ ((a >> 3) & (((1u << unsigned(s)) - 1) << 4)); }
-
-void run_tma(size_t i) {
-  Group& g = *t_group;
-  TmaOp op = std::move(g.tma[i]);
-  g.tma.erase(g.tma.begin() + long(i));
-  const TensorMap2d& m = op.map;
-  const size_t row_bytes = size_t(m.box_cols) * m.elem;
-  for (uint32_t r = 0; r < m.box_rows; ++r)
-    for (uint32_t c = 0; c < m.box_cols; ++c) {
-      const int64_t gr = int64_t(op.row) + r, gc = int64_t(op.col) + c;
-      auto at = swizzled(reinterpret_cast<uintptr_t>(op.dst) + r * row_bytes + c * m.elem, m.swizzle);
-      auto* d = reinterpret_cast<unsigned char*>(at);
-      if (gr < 0 || gc < 0 || gr >= m.rows || gc >= m.cols)
-        std::memset(d, 0, m.elem);
-      else
-        std::memcpy(d, static_cast<const unsigned char*>(m.base) + uint64_t(gr) * m.row_bytes + uint64_t(gc) * m.elem,
-                    m.elem);
-    }
-  const size_t bytes = row_bytes * m.box_rows;
-  race::tma_write(op, op.dst, bytes);
-  MBar& b = g.mbars[op.bar];
-  b.tx -= int64_t(bytes);
-  race::merge(b.next, op.clock);
-  settle(b);
-}
-}  // namespace
-
-void tma_load_2d(void* dst, const TensorMap2d* map, int col, int row, uint64_t* bar, Loc loc) {
-  find_bar(bar, loc);
-  const uintptr_t need = map->swizzle == Swizzle::B128 ? 1024 : map->swizzle == Swizzle::None ? 128 : 512;
-  if (reinterpret_cast<uintptr_t>(dst) % need) fail("TMA: shared destination not aligned for its swizzle", loc);
-  if (map->swizzle == Swizzle::B128 && map->box_cols * map->elem > 128)
-    fail("TMA: box row wider than the swizzle span", loc);
-  if (map->row_bytes % 16) fail("TMA: row stride not a multiple of 16 bytes", loc);
-  TmaOp op{static_cast<unsigned char*>(dst), *map, col, row, bar, self(), {}, pack_where(loc)};
-  const size_t bytes = size_t(map->box_cols) * map->elem * map->box_rows;
-  if (race::enabled) {
-    race::access(race::AsyncIssue, dst, bytes, op.where);
-    race::release(self(), op.clock);
-  }
-  if (options().async == Async::Lazy) std::memset(dst, 0xff, bytes);
-  t_group->tma.push_back(std::move(op));
-  if (options().async == Async::Eager) run_tma(t_group->tma.size() - 1);
-}
-
-// ---- wgmma (m64nNk16, bf16, K-major operands, 128-byte swizzle) -------------------------------------
-namespace {
-float bf16_at(const unsigned char* p) {
-  uint16_t h;
-  std::memcpy(&h, p, 2);
-  return __uint_as_float(unsigned(h) << 16);
-}
-// Element (row, k) of a K-major operand: 8-row groups are `stride` bytes apart,
-// rows 128 bytes apart, and the swizzle acts on the final address.
-void gather(const Block* b, uint64_t desc, unsigned rows, float* out) {
-  const uintptr_t start = uintptr_t(desc & 0x3fff) << 4, stride = uintptr_t(desc >> 32 & 0x3fff) << 4;
-  for (unsigned r = 0; r < rows; ++r) {
-    const uintptr_t base = start + r / 8 * stride + r % 8 * 128;
-    for (unsigned k = 0; k < 16; ++k) {
-      const unsigned char* p = b->smem + swizzled(base + k * 2, Swizzle::B128);
-      if (race::enabled && k % 8 == 0) race::access(race::AsyncRead, p, 16, 0);
-      out[r * 16 + k] = bf16_at(p);
-    }
-  }
-}
-void run_wgmma(WgOp& op) {
-  std::vector<float> A(64 * 16), B(op.n * 16);
-  gather(op.block, op.da, 64, A.data());
-  gather(op.block, op.db, op.n, B.data());
-  for (unsigned t = 0; t < 128; ++t) {
-    PendingAcc* acc = nullptr;
-    for (auto& a : op.who[t]->accs)
-      if (a.d == op.d[t]) acc = &a;
-    const unsigned warp = t / 32, lane = t % 32;
-    for (unsigned i = 0; i < op.n / 2; ++i) {
-      const unsigned row = warp * 16 + lane / 4 + (i / 2 % 2) * 8, col = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      float s = op.accumulate ? acc->value[i] : 0.0f;
-      for (unsigned k = 0; k < 16; ++k) s += A[row * 16 + k] * B[col * 16 + k];
-      acc->value[i] = s;
-    }
-  }
-  op.ran = true;
-}
-struct WgArgs {
-  float* d;
-  unsigned n;
-  uint64_t da, db;
-  bool acc;
-  Thread* who;
-};
-}  // namespace
-
-void wgmma_bf16(float* d, unsigned n, uint64_t da, uint64_t db, bool accumulate, Loc loc) {
-  if ((da >> 62) != 1 || (db >> 62) != 1) fail("wgmma: only 128-byte swizzled operands are emulated", loc);
-  Thread* me = self();
-  WgArgs a{d, n, da, db, accumulate, me};
-  PendingAcc* mine = nullptr;
-  for (auto& p : me->accs)
-    if (p.d == d) mine = &p;
-  if (!mine) {
-    me->accs.push_back({d, n, std::vector<float>(d, d + n / 2), 0});
-    mine = &me->accs.back();
-  }
-  mine->group = me->wg_open_group;
-  for (unsigned i = 0; i < n / 2; ++i) d[i] = __uint_as_float(0x7fc00000u);  // unreadable until waited for
-  warpgroup_collective(
-      "wgmma", &a,
-      [](unsigned, void* const* args) {
-        Thread* last = self();
-        const unsigned per = ((last->block->nthreads + 31) / 32 + 3) / 4;
-        auto& list = t_group->wgmma[last->block->rank * per + last->warp / 4];
-        WgOp op{};
-        auto* a0 = static_cast<WgArgs*>(args[0]);
-        op.da = a0->da;
-        op.db = a0->db;
-        op.accumulate = a0->acc;
-        op.n = a0->n;
-        op.block = last->block;
-        op.group = last->wg_open_group;
-        for (int t = 0; t < 128; ++t) {
-          auto* at = static_cast<WgArgs*>(args[t]);
-          if (at->da != op.da || at->db != op.db || at->acc != op.accumulate)
-            fail("wgmma: descriptors or scale differ between the threads of a warpgroup", Loc::current());
-          op.d[t] = at->d;
-          op.who[t] = at->who;
-        }
-        if (options().async == Async::Eager) run_wgmma(op);
-        list.push_back(op);
-      },
-      loc);
-}
-void wgmma_commit() { ++self()->wg_open_group; }
-void wgmma_wait(unsigned pending, Loc) {
-  Thread* me = self();
-  const unsigned per = ((me->block->nthreads + 31) / 32 + 3) / 4;
-  auto& list = t_group->wgmma[me->block->rank * per + me->warp / 4];
-  const unsigned limit = me->wg_open_group > pending ? me->wg_open_group - pending : 0;
-  for (auto& op : list)
-    if (!op.ran && op.group < limit) run_wgmma(op);
-  while (!list.empty() && list.front().ran) list.erase(list.begin());
-  for (auto it = me->accs.begin(); it != me->accs.end();)
-    if (it->group < limit) {
-      std::copy(it->value.begin(), it->value.begin() + it->n / 2, it->d);
-      it = me->accs.erase(it);
-    } else
-      ++it;
 }
 
 // ---- atomics -------------------------------------------------------------------------------------------

@@ -112,6 +112,17 @@ struct Group {
 inline Thread* self() { return static_cast<Thread*>(t_cur); }
 Group& group();
 
+// emulator.cpp: the scheduler
+void make_ready(Thread*);
+void block_on(const char* what, Loc loc, unsigned mask = 0);  // until somebody calls make_ready
+void barrier(Barrier&, unsigned expected, const char* op, bool wait, Loc loc);
+
+// async.cpp
+void run_tma(size_t i);       // lets copy i of the group's TMA queue land
+void finish_copies(Thread*);  // an exiting thread's cp.async land
+// Swizzle<B,4,3> on byte addresses: xor bits 4.. with the bits three places up.
+inline uintptr_t swizzled(uintptr_t a, Swizzle s) { return a ^ ((a >> 3) & (((1u << unsigned(s)) - 1) << 4)); }
+
 inline uint64_t pack_where(Loc l) {
   return (1ull << 63) | (uint64_t(l.line() & 0x7fff) << 48) |
          (reinterpret_cast<uint64_t>(l.file_name()) & 0xffffffffffffull);
