@@ -101,6 +101,7 @@ struct Config {
 void launch(const Config&, const char* name, const std::function<void()>& kernel);
 
 [[noreturn]] void fail(const std::string& what, Loc loc);
+bool bug_is_on(const char* name);  // see NLD_BUG in common/prelude.cuh
 uint64_t switches();  // fiber switches so far, for measurements
 
 // ---- collectives --------------------------------------------------------------
