@@ -1,73 +1,86 @@
-// ptx_host.cpp - host twins of the warp-level matrix instructions.  Never built
-// with -fsanitize=thread: reads are reported for the lane that named the row.
+// Host twins of the warp-level matrix instructions. Never built with -fsanitize=thread: reads are reported for the lane
+// that named the row.
 #include "emulator/ptx_host.h"
 
-namespace ptx::host {
+namespace nld::ptx::host {
 
 namespace {
-struct LdArgs {
+
+struct LdmatrixArgs {
   uint32_t* r;
   const void* row;
+  int num_matrices;
   bool trans;
-  emu::Loc loc;
 };
 struct MmaArgs {
   float* d;
   const uint32_t* a;
-  uint32_t b0, b1;
+  uint32_t b[2];
+  bool is_bf16;
 };
+
+float to_float(uint32_t bits, bool is_bf16) {  // of the low 16 bits
+  const auto half = static_cast<uint16_t>(bits);
+  return is_bf16 ? __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{half})) : __half2float(__half(__half_raw{half}));
+}
+
 }  // namespace
 
-void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool trans, emu::Loc loc) {
-  if (reinterpret_cast<uintptr_t>(row) % 16) emu::fail("ldmatrix: row address not 16-byte aligned", loc);
-  emu::note_read(row, 16, loc);
-  LdArgs a{r, row, trans, loc};
+void ldmatrix(uint32_t* r, int num_matrices, const void* row, bool trans, emu::Loc loc) {
+  if (static_cast<int>(emu::t_cur->lane) < 8 * num_matrices) {
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emu::fail("ldmatrix: row address not 16-byte aligned", loc);
+    emu::note_read(row, 16, loc);
+  }
+  LdmatrixArgs args{r, row, num_matrices, trans};
   emu::warp_collective(
-      0xffffffffu, trans ? "ldmatrix.trans" : "ldmatrix", &a,
+      0xffffffffu, trans ? "ldmatrix.trans" : "ldmatrix", &args,
       [](unsigned, void* const* p) {
-        for (int m = 0; m < 4; ++m) {
+        const int num_matrices = static_cast<LdmatrixArgs*>(p[0])->num_matrices;
+        for (int m = 0; m < num_matrices; ++m) {
           uint16_t x[8][8];
-          for (int i = 0; i < 8; ++i) std::memcpy(x[i], static_cast<LdArgs*>(p[m * 8 + i])->row, 16);
-          for (int l = 0; l < 32; ++l) {
-            auto* a = static_cast<LdArgs*>(p[l]);
-            const int i = l / 4, j = l % 4 * 2;
-            a->r[m] = a->trans ? x[j][i] | uint32_t(x[j + 1][i]) << 16 : x[i][j] | uint32_t(x[i][j + 1]) << 16;
+          for (int i = 0; i < 8; ++i) std::memcpy(x[i], static_cast<LdmatrixArgs*>(p[m * 8 + i])->row, 16);
+          for (int lane = 0; lane < 32; ++lane) {
+            auto* a = static_cast<LdmatrixArgs*>(p[lane]);
+            const int i = lane / 4, j = lane % 4 * 2;
+            const uint32_t lo = a->trans ? x[j][i] : x[i][j], hi = a->trans ? x[j + 1][i] : x[i][j + 1];
+            a->r[m] = lo | hi << 16;
           }
         }
       },
       loc);
 }
 
-void mma_bf16_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, emu::Loc loc) {
-  MmaArgs x{d, a, b0, b1};
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool is_bf16, emu::Loc loc) {
+  MmaArgs args{d, a, {b0, b1}, is_bf16};
   emu::warp_collective(
-      0xffffffffu, "mma.m16n8k16", &x,
+      0xffffffffu, is_bf16 ? "mma.m16n8k16.bf16" : "mma.m16n8k16.f16", &args,
       [](unsigned, void* const* p) {
-        auto lo = [](uint32_t u) { return __uint_as_float(u << 16); };
-        auto hi = [](uint32_t u) { return __uint_as_float(u & 0xffff0000u); };
+        const bool is_bf16 = static_cast<MmaArgs*>(p[0])->is_bf16;
         float A[16][16], B[16][8], C[16][8];
-        for (int l = 0; l < 32; ++l) {
-          const auto* q = static_cast<MmaArgs*>(p[l]);
-          const int g = l / 4, t = l % 4 * 2;
-          for (int i = 0; i < 4; ++i) {  // a0 (g,t) a1 (g+8,t) a2 (g,t+8) a3 (g+8,t+8)
-            A[g + i % 2 * 8][t + i / 2 * 8] = lo(q->a[i]);
-            A[g + i % 2 * 8][t + i / 2 * 8 + 1] = hi(q->a[i]);
+        for (int lane = 0; lane < 32; ++lane) {
+          const auto* q = static_cast<MmaArgs*>(p[lane]);
+          const int g = lane / 4, t = lane % 4 * 2;
+          for (int i = 0; i < 4; ++i) {
+            const int row = g + i % 2 * 8, k = t + i / 2 * 8;
+            A[row][k] = to_float(q->a[i], is_bf16);
+            A[row][k + 1] = to_float(q->a[i] >> 16, is_bf16);
+            C[g + i / 2 * 8][t + i % 2] = q->d[i];
           }
-          B[t][g] = lo(q->b0);
-          B[t + 1][g] = hi(q->b0);
-          B[t + 8][g] = lo(q->b1);
-          B[t + 9][g] = hi(q->b1);
-          for (int i = 0; i < 4; ++i) C[g + i / 2 * 8][t + i % 2] = q->d[i];
+          for (int i = 0; i < 2; ++i) {
+            B[t + i * 8][g] = to_float(q->b[i], is_bf16);
+            B[t + i * 8 + 1][g] = to_float(q->b[i] >> 16, is_bf16);
+          }
         }
         for (int i = 0; i < 16; ++i)
           for (int k = 0; k < 16; ++k)
             for (int j = 0; j < 8; ++j) C[i][j] += A[i][k] * B[k][j];
-        for (int l = 0; l < 32; ++l) {
-          auto* q = static_cast<MmaArgs*>(p[l]);
-          const int g = l / 4, t = l % 4 * 2;
+        for (int lane = 0; lane < 32; ++lane) {
+          auto* q = static_cast<MmaArgs*>(p[lane]);
+          const int g = lane / 4, t = lane % 4 * 2;
           for (int i = 0; i < 4; ++i) q->d[i] = C[g + i / 2 * 8][t + i % 2];
         }
       },
       loc);
 }
-}  // namespace ptx::host
+
+}  // namespace nld::ptx::host

@@ -1,8 +1,17 @@
-// ptx_host.hpp - host twins of the warp-level matrix instructions.
+// Host twins of the warp-level matrix instructions.
 #pragma once
+
+#include <cmath>
+#include <limits>
+
 #include "emulator/emulator.h"
 
-namespace ptx::host {
-void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool trans, emu::Loc loc);
-void mma_bf16_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, emu::Loc loc);
-}  // namespace ptx::host
+namespace nld::ptx::host {
+
+void ldmatrix(uint32_t* r, int num_matrices, const void* row, bool trans, emu::Loc loc);
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool is_bf16, emu::Loc loc);
+
+// .ftz: denormals become zeros of their sign.
+inline float flush(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
+
+}  // namespace nld::ptx::host
