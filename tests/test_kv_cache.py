@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compare import COMPILE_BACKEND, assert_accurate, assert_equal
-from nld_cuda import ops, reference
+from nld_cuda import _library, ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -38,6 +38,8 @@ CASES = [
     Case(6, 2, 1, 512, 7),
     Case(3, 2, 2, 16, 2, freqs=0),
     Case(4, 3, 3, 66, 1, hnd=True),
+    Case(700, 32, 8, 128, 16),  # CUDA: more than one item a thread
+    Case(5600, 1, 2, 64, 33, freqs=24),  # and several tokens a CTA
 ]
 
 
@@ -98,6 +100,23 @@ def test_rope_append(case: Case, dtype: torch.dtype, backend) -> None:
     assert_equal(actual["k_cache"].isnan(), exact["k_cache"].isnan(), "k_cache slots written")
     assert_accurate(*(d["k_cache"].nan_to_num(0) for d in (actual, exact, plain)), name="k_cache")
     assert_equal(actual["v_cache"], plain["v_cache"], "v_cache")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_are_those_of_the_cpu(dtype: torch.dtype, backend) -> None:
+    """CUDA and every CPU with fused multiply-adds agree to the last bit."""
+    if backend.name == "cpu-baseline" or _library.C.best_cpu_isa() == "baseline":
+        pytest.skip("no fused multiply-add")
+    case = Case(65, 3, 2, 80, 16, freqs=32, scale_len=100)
+    data = make(case, dtype, backend.device)
+    data["positions"][:2] = torch.tensor([0, 2**31 - 1])
+    expected = {n: t.cpu().clone() for n, t in data.items()}
+    kw = dict(attention_scaling=1.07, query_scale_beta=0.1, query_scale_len=case.scale_len)
+    run(ops.rope_append_, case, data, **kw)
+    _library.C.set_cpu_isa(_library.C.best_cpu_isa())
+    run(torch.ops.nld.rope_append_, case, expected, **kw)
+    for name in ("qkv", "k_cache", "v_cache"):
+        assert_equal(data[name], expected[name], name)
 
 
 def test_slots_outside_the_cache_are_not_written(backend) -> None:
@@ -224,6 +243,23 @@ def test_compact_in_two_bytes(dtype: torch.dtype, backend) -> None:
         sequence, old = now[:, [2, 0, 1]].flatten(1, 2), was[:, [2, 0, 1]].flatten(1, 2)
         assert_equal(sequence[:, 1:5], old[:, [1, 3, 6, 10]], "kept entries")
         assert_equal(sequence[:, [0, *range(5, 12)]], old[:, [0, *range(5, 12)]], "the others")
+
+
+@pytest.mark.parametrize("kept", [7, 8, 9, 64, 65, 150])
+def test_compact_moves_long_chains(kept: int, backend) -> None:
+    """Every destination is the source of the entry before it, or of one far back."""
+    cache = torch.randn(1, 40, 8, 3, 8, device=backend.device)
+    other = cache.clone() + 1
+    table = torch.randperm(40).view(1, 40).int()
+    offsets = torch.arange(kept) + 1
+    offsets[kept // 2 :] += kept // 2
+    args = [t.to(backend.device) for t in (table, torch.tensor([3]).int(), offsets[None].int())]
+    args.append(torch.tensor([kept], dtype=torch.int32, device=backend.device))
+    expected = [cache.cpu().clone(), other.cpu().clone()]
+    reference.compact_(*expected, *(t.cpu() for t in args))
+    ops.compact_(cache, other, *args)
+    assert_equal(cache, expected[0], "k_cache")
+    assert_equal(other, expected[1], "v_cache")
 
 
 def test_compact_with_entries_beyond_the_table(backend) -> None:

@@ -4,9 +4,8 @@
 #pragma once
 
 #include <stdint.h>
-#include <string.h>
 
-#include "common/hd.h"
+#include "common/rounded.h"
 
 namespace nld {
 
@@ -48,39 +47,6 @@ NLD_HD Philox4 philox_words(const NoiseKey& key, uint32_t group) {
 }
 NLD_HD uint32_t philox_word(const NoiseKey& key, uint32_t token_id) {
   return philox_words(key, token_id / 4).word[token_id % 4];
-}
-
-// ---- float32 steps that no compiler may fuse ----
-NLD_HD float mul_rn(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fmul_rn(a, b);
-#else
-  return a * b;  // cpu files are built with -ffp-contract=off
-#endif
-}
-NLD_HD float add_rn(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fadd_rn(a, b);
-#else
-  return a + b;
-#endif
-}
-NLD_HD float int_to_float(int32_t x) {
-#if defined(__CUDA_ARCH__)
-  return __int2float_rn(x);
-#else
-  return static_cast<float>(x);
-#endif
-}
-NLD_HD int32_t float_bits(float x) {
-  int32_t bits;
-  memcpy(&bits, &x, 4);
-  return bits;
-}
-NLD_HD float bits_float(int32_t bits) {
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
 }
 
 // log(1 + f) = f - f^2 / 2 + f^3 * Q(f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]. Q: least-squares fit weighted towards

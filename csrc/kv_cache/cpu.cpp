@@ -1,9 +1,9 @@
 // CPU code of the cache writes, compiled once per ISA.
-#include <math.h>
 #include <string.h>
 
 #include "common/vec.h"
 #include "kv_cache/kv_cache.h"
+#include "kv_cache/rotation.h"
 
 namespace nld::NLD_ISA {
 namespace {
@@ -72,10 +72,7 @@ void rope_append_tokens(const RopeAppendParams& p, int64_t token_begin, int64_t 
   float cos[kMaxFreqs], sin[kMaxFreqs];
   for (int64_t token = token_begin; token < token_end; ++token) {
     rotation(p, static_cast<float>(p.positions[token]), cos, sin);
-    float q_scale = 1.0f;
-    if (p.query_scale_len > 0) {
-      q_scale += p.query_scale_beta * logf(1.0f + static_cast<float>(p.positions[token] / p.query_scale_len));
-    }
+    const float q_scale = query_scale(p, p.positions[token]);
     T* q = static_cast<T*>(p.q) + token * p.q_token_stride;
     for (int64_t head = 0; head < p.num_heads; ++head, q += p.q_head_stride) {
       rotate_head(q, q, cos, sin, p.num_freqs, p.head_dim, q_scale);

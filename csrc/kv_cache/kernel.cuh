@@ -2,112 +2,214 @@
 #pragma once
 
 #include "common/element.cuh"
+#include "common/philox.h"
 #include "kv_cache/kv_cache.h"
+#include "kv_cache/rotation.h"
 
 namespace nld {
 
 constexpr int kRopeThreads = 128;
 
-template <class T>
-__device__ __forceinline__ T* cache_row(const PagedCache& cache, int64_t slot, int64_t page_size, int64_t head) {
-  return static_cast<T*>(cache.data) + slot / page_size * cache.page_stride + slot % page_size * cache.token_stride +
-         head * cache.head_stride;
-}
+// How the heads of one token are cut into items, and items into CTAs. An item is what a thread moves: the same few
+// elements of both rotated halves of a head, or of the part behind them.
+struct RopeTiling {
+  int heads, pairs, parts, items;  // q, k and v heads; items of the halves of a head, of a head, of a token
+  int tokens;                      // whole tokens of a CTA ...
+  int ctas_per_token;              // ... or, if one token is too much for a CTA, how many share it
+  int table_len;                   // cosines of a CTA
 
-struct RopeSmem {
-  float cos[256], sin[256];
+  __host__ __device__ int smem_bytes() const {
+    return 2 * table_len * static_cast<int>(sizeof(float)) + tokens * (2 * 8 + static_cast<int>(sizeof(float)));
+  }
 };
 
-// One CTA per token: cos and sin once for all heads, then kSize elements of both halves of a head at a time.
-// Traffic: q read and written, k and v read once and written once.
-template <class T, int kSize>
-__global__ void __launch_bounds__(kRopeThreads) rope_append_kernel(const __grid_constant__ RopeAppendParams p) {
+// kSize elements, in pieces of at most 16 bytes.
+template <int kSize>
+__device__ __forceinline__ void load_table(const float* table, float (&x)[kSize]) {
+  constexpr int kPiece = kSize < 4 ? kSize : 4;
+#pragma unroll
+  for (int i = 0; i < kSize; i += kPiece) {
+    const auto v = *reinterpret_cast<const Vec<float, kPiece>*>(table + i);
+#pragma unroll
+    for (int e = 0; e < kPiece; ++e) x[i + e] = v.at[e];
+  }
+}
+
+// One CTA takes kItems * kRopeThreads items: some whole tokens, or a share of one (grid: token groups x shares). All
+// its loads of q, k and v are issued first; the places, cosines and sines of its tokens are worked out, once per token,
+// in their shadow: a step of a few tokens is over after two trips to memory. Traffic: rope_append_bytes(). q is read
+// and written, k and v are read once and written once. Lost: one CTA per token (a queue of dependent loads; 3/4 of the
+// threads idle where there are few heads).
+template <class T, int kSize, int kItems>
+__global__ void __launch_bounds__(kRopeThreads)
+    rope_append_kernel(const __grid_constant__ RopeAppendParams p, const RopeTiling tiling) {
   using V = Vec<T, kSize>;
-  NLD_DYNAMIC_SMEM(RopeSmem, sm);
-  const int64_t token = blockIdx.x;
-  const int num_freqs = static_cast<int>(p.num_freqs), head_dim = static_cast<int>(p.head_dim);
-  const int32_t position = p.positions[token];
-  for (int i = threadIdx.x; i < num_freqs; i += kRopeThreads) {
-    // The angle is one float32 product, as the published model computes it; its sine needs more digits.
-    const double angle = static_cast<double>(p.inv_freq[i] * static_cast<float>(position));
-    sm->cos[i] = static_cast<float>(cos(angle)) * p.attention_scaling;
-    sm->sin[i] = static_cast<float>(sin(angle)) * p.attention_scaling;
+  NLD_DYNAMIC_SMEM(float, smem);
+  // cos[table_len], sin[table_len], then per token: places of k and v in the caches (-1: not written), scale of q
+  float* const cos_table = smem;
+  float* const sin_table = smem + tiling.table_len;
+  auto* const k_place = reinterpret_cast<int64_t*>(smem + 2 * tiling.table_len);
+  int64_t* const v_place = k_place + tiling.tokens;
+  auto* const q_scale = reinterpret_cast<float*>(v_place + tiling.tokens);
+
+  const int num_freqs = static_cast<int>(p.num_freqs), num_heads = static_cast<int>(p.num_heads);
+  const int num_kv_heads = static_cast<int>(p.num_kv_heads);
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * tiling.tokens;
+  const int64_t tokens_left = p.total_tokens - first_token;
+  const int tokens = tokens_left < tiling.tokens ? static_cast<int>(tokens_left) : tiling.tokens;
+  const int num_items = tokens * tiling.items - (NLD_BUG(rope_lost_tail) ? 1 : 0);
+
+  struct Item {
+    V first, second;  // the halves; second stays unused behind them
+    int token, head, at;
+  } items[kItems];
+#pragma unroll
+  for (int n = 0; n < kItems; ++n) {
+    Item& item = items[n];
+    const int i = (static_cast<int>(blockIdx.y) * kItems + n) * kRopeThreads + static_cast<int>(threadIdx.x);
+    item.token = i < num_items ? static_cast<int>(static_cast<unsigned>(i) / static_cast<unsigned>(tiling.items)) : -1;
+    if (item.token < 0) continue;
+    const unsigned in_token = i - item.token * tiling.items;
+    item.head = static_cast<int>(in_token / static_cast<unsigned>(tiling.parts));
+    const int part = static_cast<int>(in_token) - item.head * tiling.parts;
+    item.at = part < tiling.pairs ? part * kSize : 2 * num_freqs + (part - tiling.pairs) * kSize;
+    const int64_t token = first_token + item.token;
+    const T* x;
+    if (item.head < num_heads) {
+      x = static_cast<const T*>(p.q) + token * p.q_token_stride + item.head * p.q_head_stride;
+    } else if (item.head < num_heads + num_kv_heads) {
+      x = static_cast<const T*>(p.k) + token * p.k_token_stride + (item.head - num_heads) * p.k_head_stride;
+    } else {
+      x = static_cast<const T*>(p.v) + token * p.v_token_stride +
+          (item.head - num_heads - num_kv_heads) * p.v_head_stride;
+    }
+    item.first = *reinterpret_cast<const V*>(x + item.at);
+    if (item.at < num_freqs) item.second = *reinterpret_cast<const V*>(x + num_freqs + item.at);
   }
-  __syncthreads();
-  float q_scale = 1.0f;
-  if (p.query_scale_len > 0) {
-    q_scale += p.query_scale_beta * logf(1.0f + static_cast<float>(position / p.query_scale_len));
+
+  for (int i = threadIdx.x; i < tokens * num_freqs; i += kRopeThreads) {
+    const int token = i / num_freqs, freq = i - token * num_freqs;
+    // The angle is one float32 product, as the published model computes it.
+    const Rotation r = rotation(mul_rn(p.inv_freq[freq], static_cast<float>(p.positions[first_token + token])));
+    cos_table[i] = mul_rn(r.cos, p.attention_scaling);
+    sin_table[i] = mul_rn(r.sin, p.attention_scaling);
   }
-  const int64_t slot = p.slots[token];
-  const bool writes = slot >= 0 && slot < p.num_slots;
-  const int pairs = num_freqs / kSize, rest = (head_dim - 2 * num_freqs) / kSize, work = pairs + rest;
-  const int num_rotated = static_cast<int>(p.num_heads + (writes ? p.num_kv_heads : 0));
-  for (int i = threadIdx.x; i < num_rotated * work; i += kRopeThreads) {
-    const int head = i / work, part = i % work;
-    const bool is_q = head < p.num_heads;
-    const int64_t kv_head = head - p.num_heads;
-    T* q = static_cast<T*>(p.q) + token * p.q_token_stride + head * p.q_head_stride;
-    const T* x = is_q ? q : static_cast<const T*>(p.k) + token * p.k_token_stride + kv_head * p.k_head_stride;
-    T* y = is_q ? q : cache_row<T>(p.k_cache, slot, p.page_size, kv_head);
-    const float scale = is_q ? q_scale : 1.0f;
-    if (part < pairs) {
-      const int at = part * kSize;
-      V first = *reinterpret_cast<const V*>(x + at), second = *reinterpret_cast<const V*>(x + num_freqs + at);
+  for (int token = threadIdx.x; token < tokens; token += kRopeThreads) {
+    const int32_t slot = p.slots[first_token + token], position = p.positions[first_token + token];
+    const bool writes = slot >= 0 && slot < p.num_slots;
+    // Slots are below 2^31: a longer page has them all.
+    const uint32_t page_size = p.page_size < INT32_MAX ? static_cast<uint32_t>(p.page_size) : UINT32_MAX;
+    const int64_t page = writes ? static_cast<uint32_t>(slot) / page_size : 0;
+    const int64_t offset = slot - page * page_size, wrong = NLD_BUG(rope_wrong_page) && offset == 0 && page > 0 ? 1 : 0;
+    k_place[token] = writes ? (page - wrong) * p.k_cache.page_stride + offset * p.k_cache.token_stride : -1;
+    v_place[token] = writes ? page * p.v_cache.page_stride + offset * p.v_cache.token_stride : -1;
+    q_scale[token] = query_scale(p, position);
+  }
+  if (!NLD_BUG(rope_no_barrier)) __syncthreads();
+
+  const bool swapped = NLD_BUG(rope_wrong_half);
+#pragma unroll
+  for (int n = 0; n < kItems; ++n) {
+    Item& item = items[n];
+    if (item.token < 0) continue;
+    const bool is_q = item.head < num_heads, is_v = item.head >= num_heads + num_kv_heads;
+    const float scale = is_q ? q_scale[item.token] : 1.0f;
+    if (is_v) {
+      // moved as it is
+    } else if (item.at < num_freqs) {
+      float c[kSize], s[kSize];
+      load_table(cos_table + item.token * num_freqs + item.at, c);
+      load_table(sin_table + item.token * num_freqs + item.at, s);
 #pragma unroll
       for (int e = 0; e < kSize; ++e) {
-        const float a = to_float(first.at[e]), b = to_float(second.at[e]), c = sm->cos[at + e], s = sm->sin[at + e];
-        first.at[e] = from_float<T>((a * c - b * s) * scale);
-        second.at[e] = from_float<T>((b * c + a * s) * scale);
+        const float a = to_float(item.first.at[e]), b = to_float(item.second.at[e]), sine = swapped ? -s[e] : s[e];
+        item.first.at[e] = from_float<T>(mul_rn(add_rn(mul_rn(a, c[e]), -mul_rn(b, sine)), scale));
+        item.second.at[e] = from_float<T>(mul_rn(add_rn(mul_rn(b, c[e]), mul_rn(a, sine)), scale));
       }
-      *reinterpret_cast<V*>(y + at) = first;
-      *reinterpret_cast<V*>(y + num_freqs + at) = second;
     } else {
-      const int at = 2 * num_freqs + (part - pairs) * kSize;
-      V v = *reinterpret_cast<const V*>(x + at);
 #pragma unroll
-      for (int e = 0; e < kSize; ++e) v.at[e] = from_float<T>(to_float(v.at[e]) * scale);
-      *reinterpret_cast<V*>(y + at) = v;
+      for (int e = 0; e < kSize; ++e) item.first.at[e] = from_float<T>(mul_rn(to_float(item.first.at[e]), scale));
     }
-  }
-  if (!writes) return;
-  const int chunks = head_dim / kSize;
-  for (int i = threadIdx.x; i < p.num_kv_heads * chunks; i += kRopeThreads) {
-    const int64_t head = i / chunks, at = i % chunks * kSize;
-    const T* x = static_cast<const T*>(p.v) + token * p.v_token_stride + head * p.v_head_stride + at;
-    *reinterpret_cast<V*>(cache_row<T>(p.v_cache, slot, p.page_size, head) + at) = *reinterpret_cast<const V*>(x);
+    T* y;
+    if (is_q) {
+      y = static_cast<T*>(p.q) + (first_token + item.token) * p.q_token_stride + item.head * p.q_head_stride;
+    } else {
+      const int64_t place = is_v ? v_place[item.token] : k_place[item.token];
+      if (place < 0) continue;
+      const PagedCache& cache = is_v ? p.v_cache : p.k_cache;
+      const int head = item.head - num_heads - (is_v ? num_kv_heads : 0);
+      y = static_cast<T*>(cache.data) + place + head * cache.head_stride;
+    }
+    *reinterpret_cast<V*>(y + item.at) = item.first;
+    if (item.at < num_freqs) *reinterpret_cast<V*>(y + num_freqs + item.at) = item.second;
   }
 }
 
 constexpr int kCompactThreads = 128;
+constexpr int kCompactEntries = 64;  // entries whose places are worked out at once
+constexpr int kCompactAhead = 8;     // entries of a thread in flight
 
-// One CTA per (request, layer, k or v). A thread owns some columns (bytes of an entry) and moves all entries of them in
-// ascending order: a source never lies before its destination, so no thread reads what another one has written.
-// Traffic: every entry that moves is read once and written once.
+struct CompactSmem {
+  int64_t from[kCompactEntries], to[kCompactEntries];  // bytes from the start of the layer; from -1: stays
+};
+
+// One CTA per (request, layer, k or v): the places of 64 entries at a time, one thread each, then every thread moves
+// its own columns (16 bytes of an entry, where that fits) of all of them, eight loads in flight. Traffic:
+// compact_bytes(): an entry that moves is read once and written once. In place and still safe to load ahead: entry i
+// goes to base + i and comes from src[i] >= base + i, strictly rising, so a store never hits the source of a later
+// entry; and where it hits that of an earlier one, that was loaded before, by the same thread, because a column has one
+// thread.
 template <class T>
 __global__ void __launch_bounds__(kCompactThreads) compact_kernel(const __grid_constant__ CompactParams p) {
-  const int64_t request = blockIdx.x, layer = blockIdx.y;
+  NLD_DYNAMIC_SMEM(CompactSmem, sm);
+  const int64_t request = blockIdx.x;
   const bool is_v = blockIdx.z == 1;
   const PagedCache& cache = is_v ? p.v_cache : p.k_cache;
-  const int64_t scale = p.element_size;  // strides count elements, T may hold several
-  char* data = static_cast<char*>(cache.data) + layer * (is_v ? p.v_layer_stride : p.k_layer_stride) * scale;
-  const int32_t* pages = p.page_table + request * p.page_table_stride;
-  const auto entry = [&](int64_t index) -> char* {  // null where the table has no page for it
-    const int64_t page = index / p.page_size;
-    if (index < 0 || page >= p.max_pages || pages[page] < 0 || pages[page] >= p.num_pages) return nullptr;
-    return data + (pages[page] * cache.page_stride + index % p.page_size * cache.token_stride) * scale;
+  const int scale = static_cast<int>(p.element_size);  // strides count elements, T may hold several
+  char* const data = static_cast<char*>(cache.data) + blockIdx.y * (is_v ? p.v_layer_stride : p.k_layer_stride) * scale;
+  const int32_t* const pages = p.page_table + request * p.page_table_stride;
+  const int32_t* const src_offsets = p.src_offsets + request * p.max_kept;
+  const int64_t base = p.base_lens[request], num_places = p.max_pages * p.page_size;
+  const auto place = [&](int64_t index) -> int64_t {  // -1 where the table has no page for it
+    if (index < 0 || index >= num_places) return -1;
+    // An index is the sum of two int32: it fits 32 unsigned bits, as does what is left of page_size.
+    const uint32_t page_size = p.page_size < INT32_MAX ? static_cast<uint32_t>(p.page_size) : UINT32_MAX;
+    const uint32_t entry = static_cast<uint32_t>(index) / page_size;
+    const int32_t page = pages[entry];
+    if (page < 0 || page >= p.num_pages) return -1;
+    return (page * cache.page_stride + (index - static_cast<int64_t>(entry) * page_size) * cache.token_stride) * scale;
   };
-  const int64_t base = p.base_lens[request];
-  const int64_t num_kept = p.num_kept[request] < p.max_kept ? p.num_kept[request] : p.max_kept;
-  const int64_t per_head = p.head_dim * scale / static_cast<int64_t>(sizeof(T)), columns = p.num_kv_heads * per_head;
-  for (int64_t column = threadIdx.x; column < columns; column += kCompactThreads) {
-    const int64_t offset = column / per_head * cache.head_stride * scale + column % per_head * sizeof(T);
-    for (int64_t i = 0; i < num_kept; ++i) {
-      const int64_t src = base + p.src_offsets[request * p.max_kept + i], dst = base + i;
-      if (src == dst) continue;
-      const char* from = entry(src);
-      char* to = entry(dst);
-      if (from != nullptr && to != nullptr) {
-        *reinterpret_cast<T*>(to + offset) = *reinterpret_cast<const T*>(from + offset);
+  const int num_kept = static_cast<int>(p.num_kept[request] < p.max_kept ? p.num_kept[request] : p.max_kept);
+  const int per_head = static_cast<int>(p.head_dim) * scale / static_cast<int>(sizeof(T));
+  const int columns = static_cast<int>(p.num_kv_heads) * per_head;
+
+  for (int first = 0; first < num_kept; first += kCompactEntries) {
+    const int entries = num_kept - first < kCompactEntries ? num_kept - first : kCompactEntries;
+    if (first > 0) __syncthreads();  // the last ones were read
+    for (int i = threadIdx.x; i < entries; i += kCompactThreads) {
+      const int32_t offset = src_offsets[first + i];
+      NLD_DEVICE_CHECK(offset >= first + i, "an entry is never moved up");
+      NLD_DEVICE_CHECK(first + i == 0 || offset > src_offsets[first + i - 1], "src_offsets rise along a request");
+      const bool moves = offset != first + i;
+      const int64_t to = moves ? place(base + first + i + (NLD_BUG(compact_wrong_place) ? 1 : 0)) : -1;
+      sm->to[i] = to;
+      sm->from[i] = to < 0 ? -1 : place(base + offset);
+    }
+    if (!NLD_BUG(compact_no_barrier)) __syncthreads();
+    const int end = entries - (NLD_BUG(compact_lost_tail) ? entries % kCompactAhead : 0);
+    for (int column = threadIdx.x; column < columns; column += kCompactThreads) {
+      const int head = static_cast<int>(static_cast<unsigned>(column) / static_cast<unsigned>(per_head));
+      char* const column_data = data + head * cache.head_stride * scale + (column - head * per_head) * sizeof(T);
+      for (int i = 0; i < end; i += kCompactAhead) {
+        T moved[kCompactAhead];
+#pragma unroll
+        for (int j = 0; j < kCompactAhead; ++j) {
+          if (i + j < end && sm->from[i + j] >= 0) moved[j] = *reinterpret_cast<T*>(column_data + sm->from[i + j]);
+        }
+#pragma unroll
+        for (int j = 0; j < kCompactAhead; ++j) {
+          if (i + j < end && sm->from[i + j] >= 0) *reinterpret_cast<T*>(column_data + sm->to[i + j]) = moved[j];
+        }
       }
     }
   }
