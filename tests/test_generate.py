@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nld_cuda
+import tiny_tasks
 from decode_cases import END_THINK, EOS, MASK, TinyModel, prompt, tiny_model
 from nld_cuda import NLDModel, StreamEvent
 from nld_cuda.decode.kv_cache import KVCache
@@ -731,9 +732,31 @@ def test_packaged_model_speculates_without_changing_its_answers() -> None:
     linear = nld_cuda.generate(model, prompts, "linear_spec", block_length=16)
     quadratic = nld_cuda.generate(model, prompts, "quadratic_spec", block_length=6)
     assert linear.tokens == quadratic.tokens == ar.tokens
-    assert linear.stats.tokens_per_cycle is not None and linear.stats.tokens_per_cycle > 4
+    assert linear.stats.tokens_per_cycle is not None and linear.stats.tokens_per_cycle > 6
     warm = [
         nld_cuda.generate(model, prompts, mode, temperature=0.8, seed=1).tokens
         for mode in ("ar", "linear_spec")
     ]
     assert warm[0] == warm[1]
+
+
+def test_packaged_model_keeps_the_promises_of_its_card() -> None:
+    """ar right in 95 %, diffusion at 0.9 within 2 points in 1/3 of the forwards, 0.3 costs."""
+    model = nld_cuda.load("nld-tiny", device="cpu")
+    lines = (nld_cuda.api.ASSETS / "nld-tiny" / "heldout.jsonl").read_text().splitlines()
+    problems = [tiny_tasks.Problem(**json.loads(line)) for line in lines[::4]]
+
+    def decode(mode: str, **options: Any) -> tuple[float, float]:
+        """Return the share of right answers and the tokens per forward."""
+        result = nld_cuda.generate(model, [p.prompt for p in problems], mode, **options)
+        assert result.text is not None
+        right = sum(map(tiny_tasks.check, problems, result.text)) / len(problems)
+        nfe = sum(r.nfe for r in result.stats.requests)
+        return right, sum(r.new_tokens for r in result.stats.requests) / nfe
+
+    ar, _ = decode("ar")
+    careful, per_forward = decode("diffusion", threshold=0.9, block_length=16)
+    hasty, _ = decode("diffusion", threshold=0.3, block_length=16)
+    assert ar >= 0.95
+    assert careful >= ar - 0.02 and per_forward >= 3
+    assert hasty < careful - 0.1
