@@ -10,7 +10,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test build lint wheel-check clean
+.PHONY: demo test build lint kernels wheel-check clean
 
 demo: build
 	@.venv/bin/nld compare --demo
@@ -51,6 +51,10 @@ lint: .venv/.dev
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs .venv/bin/clang-format --dry-run --Werror
 	$(PY) -m mypy
 	$(PY) scripts/readme_numbers.py --check
+
+# Machine code of the CUDA kernels: no spills, the intended instructions and occupancy.
+kernels: .venv/.dev
+	$(PY) scripts/check_kernels.py
 
 # Builds the wheel a user would get and checks its symbols and its manylinux tag.
 wheel-check: .venv/.dev

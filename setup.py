@@ -43,6 +43,10 @@ def find_tool(name: str) -> str:
     return found or sys.exit(f"nld_cuda: {name} not found: run `pip install {name}`")
 
 
+def debug_wanted() -> bool:
+    return os.environ.get("NLD_DEBUG", "0") != "0"
+
+
 class CMakeBuild(build_ext):
     """Builds libnld_ops.so and nld_cuda._C with CMake and Ninja."""
 
@@ -61,10 +65,13 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]  # fmt: skip
-        if "NLD_CUDA_ARCHS" in os.environ:
-            configure.append(f"-DNLD_CUDA_ARCHS={os.environ['NLD_CUDA_ARCHS'].replace(',', ';')}")
-        if os.environ.get("NLD_WITH_CUDA") == "0":
-            configure.append("-DNLD_WITH_CUDA=OFF")
+        # Said in every build, or the folder would remember what an earlier one was told.
+        archs = os.environ.get("NLD_CUDA_ARCHS", "").replace(",", ";")
+        configure.append(f"-DNLD_CUDA_ARCHS={archs}" if archs else "-UNLD_CUDA_ARCHS")
+        configure.append(
+            f"-DNLD_WITH_CUDA={'OFF' if os.environ.get('NLD_WITH_CUDA') == '0' else 'ON'}"
+        )
+        configure.append(f"-DNLD_DEBUG={'ON' if debug_wanted() else 'OFF'}")
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 2))
         subprocess.run(configure, check=True)
         build = [find_tool("cmake"), "--build", str(build_dir), "--parallel", jobs]
@@ -74,11 +81,9 @@ class CMakeBuild(build_ext):
             self.copy_extensions_to_source()
 
     def build_dir(self) -> Path:
-        # setuptools gives editable builds a new temporary folder each time; keeping one folder
-        # makes rebuilds quick.
-        if getattr(self, "editable_mode", False):
-            return ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
-        return Path(self.build_temp).resolve()
+        # One folder for wheels, editable and in-place builds: what one has compiled serves all.
+        debug = "-debug" if debug_wanted() else ""
+        return ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{debug}"
 
     def install_libraries(self, prefix: Path) -> None:
         command = [find_tool("cmake"), "--install", str(self.build_dir()), "--prefix"]

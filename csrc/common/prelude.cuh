@@ -31,6 +31,7 @@
 #if NLD_ON_DEVICE
 #define NLD_BUG(name) false
 #if NLD_DEBUG
+#include <cstdio>
 #define NLD_DEVICE_CHECK(condition, text)                                        \
   do {                                                                           \
     if (!(condition)) {                                                          \

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/check.h"
+#include "common/export.h"
 
 #if !NLD_EMULATED
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -45,8 +46,14 @@ class CudaScope {
 };
 #endif
 
+// A GPU that no code is built for shows itself as a failed launch ("no kernel image"), so say what is built.
 inline void check_launch(const char* op, const char* error) {
-  if (error != nullptr) fail(op, ": the CUDA launch must succeed, got: ", error);
+  if (error == nullptr) return;
+#if NLD_EMULATED
+  fail(op, ": the CUDA launch must succeed, got: ", error);
+#else
+  fail(op, ": the CUDA launch must succeed, got: ", error, " (built for ", nld_cuda_archs(), ")");
+#endif
 }
 
 }  // namespace nld

@@ -1,0 +1,94 @@
+"""What the machine code of each CUDA kernel must show; checked by scripts/check_kernels.py."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Limits of one multiprocessor (CUDA programming guide, table of compute capabilities)."""
+
+    max_threads: int
+    max_ctas: int
+    smem_bytes: int  # of a multiprocessor
+    cta_smem_bytes: int  # most that one CTA may ask for
+
+
+KIB = 1024
+ARCHS = {
+    "sm_80": Arch(2048, 32, 164 * KIB, 163 * KIB),
+    "sm_90a": Arch(2048, 32, 228 * KIB, 227 * KIB),
+    "sm_100a": Arch(2048, 32, 228 * KIB, 227 * KIB),
+    "sm_120": Arch(1536, 24, 100 * KIB, 99 * KIB),
+}
+REGISTERS = 65536  # of a multiprocessor, in four equal parts, handed to warps in units of 256
+CTA_RESERVED_SMEM = KIB  # the driver's own, per CTA
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a binary says about itself."""
+
+    name: str
+    registers: int
+    threads: int
+    static_smem_bytes: int
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Intent of a kernel.
+
+    Attributes:
+        kernel: regular expression of its short name, template arguments included.
+        min_ctas: CTAs that must fit one multiprocessor, by architecture; "all": the others.
+        instructions: least number of instructions, by regular expression of the opcode.
+        forbidden: opcodes that must not appear.
+        dynamic_smem: bytes of dynamic shared memory of a launch, from the short name.
+    """
+
+    kernel: str
+    min_ctas: Mapping[str, int]
+    instructions: Mapping[str, int] = field(default_factory=dict)
+    forbidden: Sequence[str] = ()
+    dynamic_smem: Callable[[str], int] = lambda name: 0
+
+
+def ctas_per_sm(kernel: Kernel, rule: Rule, arch: str) -> int:
+    """CTAs that fit one multiprocessor at once; 0 where a CTA asks for too much shared memory."""
+    limits = ARCHS[arch]
+    warps = -(-kernel.threads // 32)
+    unit = -(-max(kernel.registers, 1) * 32 // 256) * 256
+    by_registers = REGISTERS // 4 // unit * 4 // warps
+    smem = rule.dynamic_smem(kernel.name) + kernel.static_smem_bytes
+    if smem > limits.cta_smem_bytes:
+        return 0
+    by_smem = limits.smem_bytes // (smem + CTA_RESERVED_SMEM)
+    by_threads = limits.max_threads // (warps * 32)
+    return min(by_registers, by_smem, by_threads, limits.max_ctas)
+
+
+def arguments(name: str) -> list[str]:
+    """Template arguments of a short name without nested ones: `k<bf16, 8>` gives bf16 and 8."""
+    found = re.search(r"<(.*)>", name)
+    return [part.strip() for part in found[1].split(",")] if found else []
+
+
+LOAD_16 = r"LDG\.E\.(?:\w+\.)*128"
+STORE_16 = r"STG\.E\.(?:\w+\.)*128"
+
+RULES: list[Rule] = [
+    # ---- kv_cache: latency-bound, 128 threads; many CTAs so that a long prompt fills the chip
+    Rule(
+        r"rope_append_kernel<\w+, (4|8)>",
+        min_ctas={"all": 8},
+        instructions={LOAD_16: 3, STORE_16: 3},
+        dynamic_smem=lambda name: 2048,
+    ),
+    Rule(r"rope_append_kernel<\w+, 1>", min_ctas={"all": 8}, dynamic_smem=lambda name: 2048),
+    Rule(r"compact_kernel<uint4>", min_ctas={"all": 8}, instructions={LOAD_16: 1, STORE_16: 1}),
+    Rule(r"compact_kernel<unsigned (int|short)>", min_ctas={"all": 8}),
+]
