@@ -171,7 +171,7 @@ def problems_of(code: Code, name: str, rules: Sequence[Rule] = RULES) -> Iterato
         yield f"{where}: must use no local memory, got {local} LDL and STL instructions"
     matching = [r for r in rules if re.fullmatch(r.kernel, name)]
     if len(matching) != 1:
-        yield f"{where}: must match one rule of kernel_rules.py, got {len(matching)}"
+        yield f"{name}: must match one rule of kernel_rules.py, got {len(matching)}"
         return
     rule = matching[0]
     for pattern, least in rule.instructions.items():
@@ -225,7 +225,10 @@ def main() -> None:
         print("=" * 80)
         return
     names = demangle(sorted({symbol for symbol, _ in codes}))
-    problems = [p for code in codes.values() for p in problems_of(code, names[code.symbol])]
+    # A kernel without a rule is one problem, not one per architecture.
+    problems = list(
+        dict.fromkeys(p for c in codes.values() for p in problems_of(c, names[c.symbol]))
+    )
     for arch in options.archs:
         if absent := [n for s, n in names.items() if (s, arch) not in codes]:
             problems.append(f"{arch}: must have code of every kernel, lacks {', '.join(absent)}")

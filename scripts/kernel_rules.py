@@ -81,14 +81,35 @@ LOAD_16 = r"LDG\.E\.(?:\w+\.)*128"
 STORE_16 = r"STG\.E\.(?:\w+\.)*128"
 
 RULES: list[Rule] = [
-    # ---- kv_cache: latency-bound, 128 threads; many CTAs so that a long prompt fills the chip
+    # ---- kv_cache: latency-bound. The first kind has all loads of 4 items a thread in flight (for
+    # long prompts); its registers buy that. Shared memory: cosines and sines of at most 256
+    # frequencies and the places of the tokens.
     Rule(
-        r"rope_append_kernel<\w+, (4|8)>",
-        min_ctas={"all": 8},
-        instructions={LOAD_16: 3, STORE_16: 3},
-        dynamic_smem=lambda name: 2048,
+        r"rope_append_kernel<\w+, [48], 4>",
+        min_ctas={"all": 4},
+        instructions={LOAD_16: 8, STORE_16: 3},
+        dynamic_smem=lambda name: 4096,
     ),
-    Rule(r"rope_append_kernel<\w+, 1>", min_ctas={"all": 8}, dynamic_smem=lambda name: 2048),
-    Rule(r"compact_kernel<uint4>", min_ctas={"all": 8}, instructions={LOAD_16: 1, STORE_16: 1}),
-    Rule(r"compact_kernel<unsigned (int|short)>", min_ctas={"all": 8}),
+    Rule(
+        r"rope_append_kernel<\w+, [48], 1>",
+        min_ctas={"all": 8},
+        instructions={LOAD_16: 2, STORE_16: 2},
+        dynamic_smem=lambda name: 4096,
+    ),
+    Rule(
+        r"rope_append_kernel<\w+, 1, [14]>",
+        min_ctas={"all": 8},
+        dynamic_smem=lambda name: 4096,
+    ),
+    Rule(
+        r"compact_kernel<uint4>",
+        min_ctas={"all": 8},
+        instructions={LOAD_16: 1, STORE_16: 1},
+        dynamic_smem=lambda name: 4096,
+    ),
+    Rule(
+        r"compact_kernel<(uint2|unsigned (int|short))>",
+        min_ctas={"all": 8},
+        dynamic_smem=lambda name: 4096,
+    ),
 ]
