@@ -206,6 +206,9 @@ def test_out_is_written_through_its_strides(dtype: torch.dtype, backend) -> None
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("split_len", [0, 32])
 def test_batch_equals_its_requests_alone(split_len: int, dtype: torch.dtype, backend) -> None:
+    """Bit for bit; on CUDA with a split_len of one's own, because 0 fills the GPU as it can."""
+    if split_len == 0 and not backend.name.startswith("cpu"):
+        split_len = 1024
     case = AttentionCase("x", MIXED, split_len=split_len)
     args, options = make(case, dtype, backend.device)
     out, lse = ops.block_attention(*args, **options)
@@ -225,9 +228,8 @@ def test_batch_equals_its_requests_alone(split_len: int, dtype: torch.dtype, bac
 
 
 def test_row_does_not_depend_on_its_neighbours(backend) -> None:
-    args, options = make(
-        AttentionCase("x", (Request(50, 250, CAUSAL),), heads=6), torch.bfloat16, backend.device
-    )
+    case = AttentionCase("x", (Request(50, 250, CAUSAL),), heads=6, split_len=96)
+    args, options = make(case, torch.bfloat16, backend.device)
     out, lse = ops.block_attention(*args, **options)
     for row in (0, 17, 49):
         alone = list(args)

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "attention/mask.h"
+#include "attention/plan.h"
 #include "common/dtype.h"
 
 namespace nld {
@@ -29,17 +29,37 @@ struct AttentionParams {
   const int32_t* block_phase;   // [batch] or null: 0
   float softmax_scale;
   float softcap;      // 0 = none
-  int64_t split_len;  // keys per split; splits lie at absolute multiples and are merged in order
+  int64_t split_len;  // keys per split, at absolute multiples, merged in order; 0 (CUDA only) = the plan chooses
   void* out;          // [total_q, num_heads, head_dim]
   int64_t out_token_stride, out_head_stride;
   float* lse;  // [num_heads, total_q], natural log
   int64_t lse_head_stride, lse_token_stride;
 };
 
-NLD_HD RequestMask request_mask(const AttentionParams& p, int64_t b) {
-  return {static_cast<MaskMode>(p.mask_mode[b]), p.seq_lens[b], p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b],
-          p.block_len != nullptr ? p.block_len[b] : 1, p.block_phase != nullptr ? p.block_phase[b] : 0};
-}
+// ---- CUDA ----
+
+// Partial results of slot s, kv head h, tile row r: row (s * num_kv_heads + h) * tile_rows + r of each array. A row
+// that saw nothing in its split has m = -inf and l = 0; its o is then never read.
+struct AttentionCudaParams : AttentionParams {
+  PlanShape plan_shape;
+  const int32_t* plan;
+  float* partial_o;  // [slots, num_kv_heads, tile_rows, head_dim], sum of exp2(score - m) * v
+  float* partial_m;  // [slots, num_kv_heads, tile_rows], largest score, times log2(e)
+  float* partial_l;  // [slots, num_kv_heads, tile_rows], sum of exp2(score - m)
+  int32_t num_sms;
+};
+
+// Launchers: on the given cudaStream_t; null, or why the launch failed. An attention kernel writes `out` and `lse` of
+// tiles with one split and the partials of the others; combine writes those tiles, and 0 and -inf to rows that belong
+// to no request. launch_attention_simt takes every dtype and head_dim up to kMaxSimtDim.
+typedef const char* AttentionLauncher(const AttentionCudaParams&, void* stream);
+AttentionLauncher launch_attention_simt, launch_attention_combine;
+const char* launch_attention_plan(const AttentionPlanParams&, void* stream);
+constexpr int64_t kMaxSimtDim = 512;
+int32_t device_sms();            // of the current device
+constexpr int32_t kHostSms = 4;  // what the CPU's attention_plan takes for its SMs, as the emulator does
+
+// ---- CPU ----
 
 // One unit of CPU work: rows [row_begin, row_begin + num_rows) of one kv head of one request, where packed row
 // r = query row * heads_per_kv + head within the kv head. Tiles start at multiples of kAttentionTileRows of a request.
@@ -63,6 +83,7 @@ struct AttentionCpu {
   // out = 0, lse = -inf: rows that belong to no request.
   void (*clear)(const AttentionParams&, int64_t token_begin, int64_t token_end);
 };
+
 namespace baseline {
 extern const AttentionCpu attention_cpu;
 }

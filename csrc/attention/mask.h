@@ -22,6 +22,13 @@ struct RequestMask {
   int32_t block_len, block_phase;  // block_len is only read by kBlockCausal and kQuadratic
 };
 
+// The mask of request b, from any params struct with the per-request tensors.
+template <class Params>
+NLD_HD RequestMask request_mask(const Params& p, int64_t b) {
+  return {static_cast<MaskMode>(p.mask_mode[b]), p.seq_lens[b], p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b],
+          p.block_len != nullptr ? p.block_len[b] : 1, p.block_phase != nullptr ? p.block_phase[b] : 0};
+}
+
 // What one row sees.
 struct RowView {
   int32_t dense_end, head_end, group_begin, group_end;
@@ -71,6 +78,23 @@ NLD_HD bool is_group_head(const RequestMask& mask, int32_t key) {
 NLD_HD int32_t view_end(const RowView& view) {
   const int32_t end = view.dense_end > view.head_end ? view.dense_end : view.head_end;
   return view.group_end > view.group_begin && view.group_end > end ? view.group_end : end;
+}
+
+// May any of the rows [row_begin, row_end) see any of the keys [key_begin, key_end)? Never false where one does, and
+// true for nothing only inside a group of the rows: kernels skip whole tiles of keys by it. `last` is the view of the
+// last row.
+NLD_HD bool tile_is_seen(const RequestMask& mask, int32_t row_begin, int32_t row_end, const RowView& last,
+                         int32_t key_begin, int32_t key_end) {
+  if (key_begin < last.dense_end) return true;  // dense_end does not fall from one row to the next
+  if (mask.mode != MaskMode::kQuadratic) return false;
+  const int64_t first = static_cast<int64_t>(mask.seq_len) - mask.num_rows;
+  const int64_t group_len = static_cast<int64_t>(mask.block_len) + 1;
+  const int64_t groups_begin = first + row_begin / group_len * group_len;
+  const int64_t groups_end = first + ((row_end - 1) / group_len + 1) * group_len;
+  if (key_begin < groups_end && key_end > groups_begin) return true;
+  const int64_t offset = key_begin > first ? key_begin - first : 0;
+  const int64_t head = first + (offset + group_len - 1) / group_len * group_len;  // the first one not before key_begin
+  return head < key_end && head < last.head_end;
 }
 
 }  // namespace nld

@@ -1,25 +1,18 @@
-// torch.ops.nld.block_attention: schema, checks, CPU schedule.
+// torch.ops.nld.block_attention and attention_plan: schemas, checks, the CPU's schedule, the choice of CUDA kernel.
 #include <algorithm>
 #include <atomic>
 #include <vector>
 
 #include "attention/attention.h"
-#include "common/check.h"
+#include "attention/plan_host.h"
 #include "common/cpu_isa.h"
+#include "common/stream.h"
 
 namespace nld {
 namespace {
 
 constexpr const char* kOp = "block_attention";
-constexpr int64_t kDefaultSplitLen = 1024;
-
-const AttentionCpu& cpu_kernels() {
-#if defined(NLD_X86)
-  return pick_isa(baseline::attention_cpu, avx2::attention_cpu, avx512::attention_cpu);
-#else
-  return baseline::attention_cpu;
-#endif
-}
+constexpr const char* kPlanOp = "attention_plan";
 
 KvPages pages(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
@@ -90,7 +83,7 @@ AttentionParams attention_params(const Tensor& q, const Tensor& k_cache, const T
           .block_phase = ptr<int32_t>(block_phase),
           .softmax_scale = static_cast<float>(softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)))),
           .softcap = static_cast<float>(softcap),
-          .split_len = split_len > 0 ? split_len : kDefaultSplitLen,
+          .split_len = split_len,
           .out = out.data_ptr(),
           .out_token_stride = out.stride(0),
           .out_head_stride = out.stride(1),
@@ -99,23 +92,136 @@ AttentionParams attention_params(const Tensor& q, const Tensor& k_cache, const T
           .lse_token_stride = lse.stride(1)};
 }
 
+// ---- the plan ----
+
+PlanShape plan_shape(const char* op, int64_t total_q, int64_t batch, int64_t heads_per_kv, int64_t split_len,
+                     int64_t max_items) {
+  const int32_t tile_rows = attention_tile_rows(total_q, batch, heads_per_kv, split_len);
+  const int64_t max_tiles = attention_max_tiles(total_q, batch, heads_per_kv, tile_rows);
+  constexpr int64_t kMax = INT32_MAX / 16;
+  if (total_q * heads_per_kv > kMax || batch > kMax || max_items > kMax) {
+    fail(op, ": q must have at most ", kMax, " packed rows and items, got ", total_q * heads_per_kv, " rows, ", batch,
+         " requests, ", max_items, " items");
+  }
+  return {static_cast<int32_t>(total_q),
+          static_cast<int32_t>(batch),
+          static_cast<int32_t>(heads_per_kv),
+          static_cast<int32_t>(std::min<int64_t>(split_len, INT32_MAX)),
+          tile_rows,
+          static_cast<int32_t>(max_tiles),
+          static_cast<int32_t>(max_items)};
+}
+
+// The shape of a plan that is yet to be made.
+PlanShape new_plan_shape(const char* op, int64_t total_q, int64_t batch, int64_t num_heads, int64_t num_kv_heads,
+                         int64_t max_seq_len, int64_t split_len, int64_t num_sms) {
+  const int64_t heads_per_kv = num_heads / num_kv_heads;
+  const int32_t tile_rows = attention_tile_rows(total_q, batch, heads_per_kv, split_len);
+  const int64_t max_tiles = attention_max_tiles(total_q, batch, heads_per_kv, tile_rows);
+  const int64_t max_cuts = attention_max_cuts(tile_rows, num_kv_heads, num_sms);
+  return plan_shape(op, total_q, batch, heads_per_kv, split_len,
+                    attention_max_items(max_tiles, max_cuts, max_seq_len, split_len));
+}
+
+// The shape of the plan a caller passes to block_attention.
+PlanShape given_plan_shape(const AttentionParams& p, const Tensor& plan, const Tensor& q) {
+  const auto [len] = shape<1>(kOp, "plan", plan);
+  check_dtype(kOp, "plan", plan, ScalarType::Int);
+  check_contiguous(kOp, "plan", plan);
+  check_device(kOp, "plan", plan, "q", q);
+  const PlanShape expected = plan_shape(kOp, p.total_q, p.batch, p.num_heads / p.num_kv_heads, p.split_len, 0);
+  const int64_t max_items = plan_items_of_len(len, expected.max_tiles);
+  if (max_items < 0 || reinterpret_cast<uintptr_t>(plan.data_ptr()) % 16 != 0) {
+    fail(kOp, ": plan must be made by attention_plan for ", p.total_q, " rows, ", p.batch, " requests, ", p.num_heads,
+         "/", p.num_kv_heads, " heads and split_len ", p.split_len, " (", attention_plan_len(expected.max_tiles, 0),
+         " words and 4 an item), got ", len, " words");
+  }
+  return plan_shape(kOp, p.total_q, p.batch, p.num_heads / p.num_kv_heads, p.split_len, max_items);
+}
+
+AttentionPlanParams plan_params(const Tensor& seq_lens, const Tensor& cu_seqlens_q, const Tensor& mask_mode,
+                                int64_t total_q, int64_t num_heads, int64_t num_kv_heads, int64_t max_seq_len,
+                                const std::optional<Tensor>& block_len, const std::optional<Tensor>& block_phase,
+                                int64_t split_len, int64_t num_sms) {
+  const char* op = kPlanOp;
+  const auto [batch] = shape<1>(op, "seq_lens", seq_lens);
+  check_vector(op, "seq_lens", seq_lens, batch, "requests", ScalarType::Int, "seq_lens", seq_lens);
+  const char* what = "batch of seq_lens";
+  check_vector(op, "cu_seqlens_q", cu_seqlens_q, batch + 1, "batch of seq_lens + 1", ScalarType::Int, "seq_lens",
+               seq_lens);
+  check_vector(op, "mask_mode", mask_mode, batch, what, ScalarType::Int, "seq_lens", seq_lens);
+  if (block_len) check_vector(op, "block_len", *block_len, batch, what, ScalarType::Int, "seq_lens", seq_lens);
+  if (block_phase) check_vector(op, "block_phase", *block_phase, batch, what, ScalarType::Int, "seq_lens", seq_lens);
+  if (num_kv_heads < 1) fail(op, ": num_kv_heads must be >= 1, got ", num_kv_heads);
+  if (num_heads < 0 || num_heads % num_kv_heads != 0) {
+    fail(op, ": num_heads must be a multiple of num_kv_heads = ", num_kv_heads, ", got ", num_heads);
+  }
+  if (total_q < 0) fail(op, ": total_q must be >= 0, got ", total_q);
+  if (max_seq_len < 0) fail(op, ": max_seq_len must be >= 0, got ", max_seq_len);
+  if (split_len < 0) fail(op, ": split_len must be >= 0 (0 = chosen by the plan), got ", split_len);
+  if (num_sms < 0) fail(op, ": num_sms must be >= 0 (0 = those of the device), got ", num_sms);
+  return {new_plan_shape(op, total_q, batch, num_heads, num_kv_heads, max_seq_len, split_len, num_sms),
+          ptr<int32_t>(seq_lens),
+          ptr<int32_t>(cu_seqlens_q),
+          ptr<int32_t>(mask_mode),
+          ptr<int32_t>(block_len),
+          ptr<int32_t>(block_phase),
+          nullptr};
+}
+
+void set_plan(AttentionPlanParams& p, const Tensor& plan, const Tensor& like) {
+  const int64_t len = attention_plan_len(p.shape.max_tiles, p.shape.max_items);
+  check_vector(kPlanOp, "plan", plan, len, "attention_plan_len of the arguments", ScalarType::Int, "seq_lens", like);
+  p.plan = ptr<int32_t>(plan);
+  if (reinterpret_cast<uintptr_t>(p.plan) % 16 != 0) {
+    fail(kPlanOp, ": plan must start at a multiple of 16 bytes, got address ", plan.data_ptr());
+  }
+}
+
+#if !NLD_EMULATED
+// ---- CPU ----
+
+constexpr int64_t kDefaultSplitLen = 1024;
+
+const AttentionCpu& cpu_kernels() {
+#if defined(NLD_X86)
+  return pick_isa(baseline::attention_cpu, avx2::attention_cpu, avx512::attention_cpu);
+#else
+  return baseline::attention_cpu;
+#endif
+}
+
 // What depends on values. On the CPU the values are at hand and cheap to check; CUDA checks them in debug builds only.
+template <class Params>
+void check_rows(const char* op, const Params& p, int64_t b, int64_t total_q) {
+  const int64_t begin = p.cu_seqlens_q[b], end = p.cu_seqlens_q[b + 1];
+  if (begin < 0 || end < begin || end > total_q) {
+    fail(op, ": cu_seqlens_q must grow from 0 to at most ", total_q, " (rows of q), got ", begin, ", ", end,
+         " at request ", b);
+  }
+  if (end == begin) return;
+  const int32_t mode = p.mask_mode[b];
+  if (mode < 0 || mode >= kNumMaskModes) {
+    fail(op, ": mask_mode must lie in [0, ", kNumMaskModes, "), got ", mode, " at request ", b);
+  }
+  if (mode == static_cast<int32_t>(MaskMode::kBlockCausal) || mode == static_cast<int32_t>(MaskMode::kQuadratic)) {
+    if (p.block_len == nullptr) fail(op, ": block_len must be given for mask_mode ", mode, ", got None");
+    if (p.block_len[b] < 1) fail(op, ": block_len must be >= 1, got ", p.block_len[b], " at request ", b);
+  }
+}
+
+void check_plan_requests(const AttentionPlanParams& p) {
+  for (int64_t b = 0; b < p.shape.batch; ++b) {
+    check_rows(kPlanOp, p, b, p.shape.total_q);
+    if (p.seq_lens[b] < 0) fail(kPlanOp, ": seq_lens must be >= 0, got ", p.seq_lens[b], " at request ", b);
+  }
+}
+
 void check_requests(const AttentionParams& p) {
   for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t begin = p.cu_seqlens_q[b], end = p.cu_seqlens_q[b + 1], seq_len = p.seq_lens[b];
-    if (begin < 0 || end < begin || end > p.total_q) {
-      fail(kOp, ": cu_seqlens_q must grow from 0 to at most ", p.total_q, " (rows of q), got ", begin, ", ", end,
-           " at request ", b);
-    }
-    if (end == begin) continue;
-    const int32_t mode = p.mask_mode[b];
-    if (mode < 0 || mode >= kNumMaskModes) {
-      fail(kOp, ": mask_mode must lie in [0, ", kNumMaskModes, "), got ", mode, " at request ", b);
-    }
-    if (mode == static_cast<int32_t>(MaskMode::kBlockCausal) || mode == static_cast<int32_t>(MaskMode::kQuadratic)) {
-      if (p.block_len == nullptr) fail(kOp, ": block_len must be given for mask_mode ", mode, ", got None");
-      if (p.block_len[b] < 1) fail(kOp, ": block_len must be >= 1, got ", p.block_len[b], " at request ", b);
-    }
+    check_rows(kOp, p, b, p.total_q);
+    if (p.cu_seqlens_q[b + 1] == p.cu_seqlens_q[b]) continue;
+    const int64_t seq_len = p.seq_lens[b];
     if (seq_len < 0 || seq_len > p.max_pages * p.page_size) {
       fail(kOp, ": seq_lens must lie in [0, ", p.max_pages * p.page_size, "] (max_pages * page_size), got ", seq_len,
            " at request ", b);
@@ -225,43 +331,164 @@ void attend_cpu(const AttentionParams& p, const Tensor& like) {
   });
 }
 
+void attention_plan_out_cpu(Tensor seq_lens, Tensor cu_seqlens_q, Tensor mask_mode, int64_t total_q, int64_t num_heads,
+                            int64_t num_kv_heads, int64_t max_seq_len, std::optional<Tensor> block_len,
+                            std::optional<Tensor> block_phase, int64_t split_len, int64_t num_sms, Tensor plan) {
+  AttentionPlanParams p = plan_params(seq_lens, cu_seqlens_q, mask_mode, total_q, num_heads, num_kv_heads, max_seq_len,
+                                      block_len, block_phase, split_len, num_sms > 0 ? num_sms : kHostSms);
+  set_plan(p, plan, seq_lens);
+  check_plan_requests(p);
+  build_attention_plan(p);
+}
+
+Tensor attention_plan_cpu(Tensor seq_lens, Tensor cu_seqlens_q, Tensor mask_mode, int64_t total_q, int64_t num_heads,
+                          int64_t num_kv_heads, int64_t max_seq_len, std::optional<Tensor> block_len,
+                          std::optional<Tensor> block_phase, int64_t split_len, int64_t num_sms) {
+  const PlanShape shape = plan_params(seq_lens, cu_seqlens_q, mask_mode, total_q, num_heads, num_kv_heads, max_seq_len,
+                                      block_len, block_phase, split_len, num_sms > 0 ? num_sms : kHostSms)
+                              .shape;
+  const Tensor plan =
+      torch::stable::new_zeros(seq_lens, {attention_plan_len(shape.max_tiles, shape.max_items)}, ScalarType::Int);
+  attention_plan_out_cpu(seq_lens, cu_seqlens_q, mask_mode, total_q, num_heads, num_kv_heads, max_seq_len, block_len,
+                         block_phase, split_len, num_sms, plan);
+  return plan;
+}
+
 void block_attention_out_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens,
                              Tensor cu_seqlens_q, Tensor mask_mode, std::optional<Tensor> block_len,
                              std::optional<Tensor> block_phase, std::optional<double> softmax_scale, double softcap,
-                             int64_t split_len, Tensor out, Tensor lse) {
-  attend_cpu(attention_params(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode, block_len,
-                              block_phase, softmax_scale, softcap, split_len, out, lse),
-             q);
+                             int64_t split_len, std::optional<Tensor> plan, Tensor out, Tensor lse) {
+  AttentionParams p = attention_params(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode, block_len,
+                                       block_phase, softmax_scale, softcap, split_len, out, lse);
+  if (plan) given_plan_shape(p, *plan, q);
+  if (p.split_len == 0) p.split_len = kDefaultSplitLen;
+  attend_cpu(p, q);
+}
+#endif
+
+#if NLD_CUDA
+// ---- CUDA ----
+
+// The CUDA kernel for these arguments.
+AttentionLauncher* pick_attention_kernel(const AttentionParams& p) {
+  if (p.head_dim <= kMaxSimtDim) return launch_attention_simt;
+  fail(kOp, ": q must have a head_dim of at most ", kMaxSimtDim, " on CUDA, got ", p.head_dim,
+       " (tensor cores: none yet; other shapes: float32, bfloat16, float16 up to ", kMaxSimtDim, ")");
 }
 
-std::tuple<Tensor, Tensor> block_attention_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table,
-                                               Tensor seq_lens, Tensor cu_seqlens_q, Tensor mask_mode,
-                                               std::optional<Tensor> block_len, std::optional<Tensor> block_phase,
-                                               std::optional<double> softmax_scale, double softcap, int64_t split_len) {
+void attention_plan_out_cuda(Tensor seq_lens, Tensor cu_seqlens_q, Tensor mask_mode, int64_t total_q, int64_t num_heads,
+                             int64_t num_kv_heads, int64_t max_seq_len, std::optional<Tensor> block_len,
+                             std::optional<Tensor> block_phase, int64_t split_len, int64_t num_sms, Tensor plan) {
+  const CudaScope scope(seq_lens);
+  AttentionPlanParams p = plan_params(seq_lens, cu_seqlens_q, mask_mode, total_q, num_heads, num_kv_heads, max_seq_len,
+                                      block_len, block_phase, split_len, num_sms > 0 ? num_sms : device_sms());
+  set_plan(p, plan, seq_lens);
+  check_launch(kPlanOp, launch_attention_plan(p, scope.stream()));
+}
+
+Tensor attention_plan_cuda(Tensor seq_lens, Tensor cu_seqlens_q, Tensor mask_mode, int64_t total_q, int64_t num_heads,
+                           int64_t num_kv_heads, int64_t max_seq_len, std::optional<Tensor> block_len,
+                           std::optional<Tensor> block_phase, int64_t split_len, int64_t num_sms) {
+  const CudaScope scope(seq_lens);
+  if (num_sms == 0) num_sms = device_sms();
+  const PlanShape shape = plan_params(seq_lens, cu_seqlens_q, mask_mode, total_q, num_heads, num_kv_heads, max_seq_len,
+                                      block_len, block_phase, split_len, num_sms)
+                              .shape;
+  const Tensor plan =
+      torch::stable::new_zeros(seq_lens, {attention_plan_len(shape.max_tiles, shape.max_items)}, ScalarType::Int);
+  attention_plan_out_cuda(seq_lens, cu_seqlens_q, mask_mode, total_q, num_heads, num_kv_heads, max_seq_len, block_len,
+                          block_phase, split_len, num_sms, plan);
+  return plan;
+}
+
+void block_attention_out_cuda(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens,
+                              Tensor cu_seqlens_q, Tensor mask_mode, std::optional<Tensor> block_len,
+                              std::optional<Tensor> block_phase, std::optional<double> softmax_scale, double softcap,
+                              int64_t split_len, std::optional<Tensor> plan, Tensor out, Tensor lse) {
+  const AttentionParams base = attention_params(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode,
+                                                block_len, block_phase, softmax_scale, softcap, split_len, out, lse);
+  AttentionLauncher* const attend = pick_attention_kernel(base);
+  const CudaScope scope(q);
+  AttentionCudaParams p = {base, {}, nullptr, nullptr, nullptr, nullptr, device_sms()};
+  if (plan) {
+    p.plan_shape = given_plan_shape(base, *plan, q);
+  } else {
+    p.plan_shape = new_plan_shape(kOp, base.total_q, base.batch, base.num_heads, base.num_kv_heads,
+                                  base.max_pages * base.page_size, base.split_len, p.num_sms);
+  }
+  if (base.total_q == 0 || base.num_heads == 0) return;
+  const PlanShape& shape = p.plan_shape;
+  std::optional<Tensor> own_plan, workspace;  // live until the launches are queued; the allocator knows the stream
+  if (!plan && shape.max_tiles > 0) {
+    own_plan = torch::stable::new_empty(q, {attention_plan_len(shape.max_tiles, shape.max_items)}, ScalarType::Int);
+    check_launch(kOp, launch_attention_plan({shape, base.seq_lens, base.cu_seqlens_q, base.mask_mode, base.block_len,
+                                             base.block_phase, ptr<int32_t>(own_plan)},
+                                            scope.stream()));
+  }
+  p.plan = ptr<int32_t>(plan ? plan : own_plan);
+  const int64_t rows = attention_max_slots(shape.max_tiles, shape.max_items) * base.num_kv_heads * shape.tile_rows;
+  if (rows > 0) {
+    workspace = torch::stable::new_empty(q, {rows * (base.head_dim + 2)}, ScalarType::Float);
+    p.partial_o = ptr<float>(workspace);
+    p.partial_m = p.partial_o + rows * base.head_dim;
+    p.partial_l = p.partial_m + rows;
+  }
+  if (shape.max_tiles > 0) check_launch(kOp, attend(p, scope.stream()));
+  check_launch(kOp, launch_attention_combine(p, scope.stream()));
+}
+#endif
+
+// The overload that makes its outputs; kOut is the one that takes them.
+template <auto kOut>
+std::tuple<Tensor, Tensor> block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens,
+                                           Tensor cu_seqlens_q, Tensor mask_mode, std::optional<Tensor> block_len,
+                                           std::optional<Tensor> block_phase, std::optional<double> softmax_scale,
+                                           double softcap, int64_t split_len, std::optional<Tensor> plan) {
   const auto [total_q, num_heads, head_dim] = shape<3>(kOp, "q", q);
   const Tensor out = torch::stable::new_empty(q, {total_q, num_heads, head_dim});
   const Tensor lse = torch::stable::new_empty(q, {num_heads, total_q}, ScalarType::Float);
-  block_attention_out_cpu(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode, block_len, block_phase,
-                          softmax_scale, softcap, split_len, out, lse);
+  kOut(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode, block_len, block_phase, softmax_scale,
+       softcap, split_len, plan, out, lse);
   return {out, lse};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(nld, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(NLD_NAMESPACE, m) {
+  m.def(
+      "attention_plan(Tensor seq_lens, Tensor cu_seqlens_q, Tensor mask_mode, *, int total_q, int num_heads, "
+      "int num_kv_heads, int max_seq_len, Tensor? block_len=None, Tensor? block_phase=None, int split_len=0, "
+      "int num_sms=0) -> Tensor");
+  m.def(
+      "attention_plan.out(Tensor seq_lens, Tensor cu_seqlens_q, Tensor mask_mode, *, int total_q, int num_heads, "
+      "int num_kv_heads, int max_seq_len, Tensor? block_len=None, Tensor? block_phase=None, int split_len=0, "
+      "int num_sms=0, Tensor(a!) plan) -> ()");
   m.def(
       "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, "
       "Tensor cu_seqlens_q, Tensor mask_mode, *, Tensor? block_len=None, Tensor? block_phase=None, "
-      "float? softmax_scale=None, float softcap=0.0, int split_len=0) -> (Tensor out, Tensor lse)");
+      "float? softmax_scale=None, float softcap=0.0, int split_len=0, Tensor? plan=None) -> (Tensor out, Tensor lse)");
   m.def(
       "block_attention.out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, "
       "Tensor cu_seqlens_q, Tensor mask_mode, *, Tensor? block_len=None, Tensor? block_phase=None, "
-      "float? softmax_scale=None, float softcap=0.0, int split_len=0, Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "float? softmax_scale=None, float softcap=0.0, int split_len=0, Tensor? plan=None, Tensor(a!) out, "
+      "Tensor(b!) lse) -> ()");
 }
 
+#if !NLD_EMULATED
 STABLE_TORCH_LIBRARY_IMPL(nld, CPU, m) {
-  m.impl("block_attention", TORCH_BOX(&block_attention_cpu));
+  m.impl("attention_plan", TORCH_BOX(&attention_plan_cpu));
+  m.impl("attention_plan.out", TORCH_BOX(&attention_plan_out_cpu));
+  m.impl("block_attention", TORCH_BOX(&block_attention<block_attention_out_cpu>));
   m.impl("block_attention.out", TORCH_BOX(&block_attention_out_cpu));
 }
+#endif
+#if NLD_CUDA
+STABLE_TORCH_LIBRARY_IMPL(NLD_NAMESPACE, NLD_CUDA_KEY, m) {
+  m.impl("attention_plan", TORCH_BOX(&attention_plan_cuda));
+  m.impl("attention_plan.out", TORCH_BOX(&attention_plan_out_cuda));
+  m.impl("block_attention", TORCH_BOX(&block_attention<block_attention_out_cuda>));
+  m.impl("block_attention.out", TORCH_BOX(&block_attention_out_cuda));
+}
+#endif
 
 }  // namespace nld

@@ -123,8 +123,12 @@ def block_attention(
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     split_len: int = 0,
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gather each request's keys and values, score, mask, softmax; `split_len` changes nothing."""
+    """Gather each request's keys and values, score, mask, softmax.
+
+    `split_len` and `plan` say how to compute, not what.
+    """
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     total_q, num_heads, head_dim = q.shape
     page_size, num_kv_heads = k_cache.shape[1:3]

@@ -1,0 +1,178 @@
+// The plan of CUDA attention, built on the device.
+#pragma once
+
+#include "attention/plan.h"
+#include "common/prelude.cuh"
+
+namespace nld {
+
+constexpr int kPlanThreads = kPlanBuckets, kPlanWarps = kPlanThreads / kWarpSize;
+
+struct PlanSmem {
+  int32_t warp_sums[kPlanWarps];
+  int64_t warp_keys[kPlanWarps];
+  int32_t starts[kPlanThreads + 1];  // first tile of each request of the chunk at hand
+  int32_t bucket_ends[kPlanBuckets];
+};
+
+// Sum of the lower threads' values; `total` is the sum of all. Two barriers, so that it can be called again at once.
+__device__ inline int32_t exclusive_sum(PlanSmem* sm, int32_t value, int32_t& total) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  int32_t sum = value;
+#pragma unroll
+  for (int delta = 1; delta < kWarpSize; delta *= 2) {
+    const int32_t lower = __shfl_up_sync(kFullMask, sum, delta);
+    if (lane >= delta) sum += lower;
+  }
+  if (lane == kWarpSize - 1) sm->warp_sums[warp] = sum;
+  __syncthreads();
+  int32_t before = 0;
+  total = 0;
+  for (int w = 0; w < kPlanWarps; ++w) {
+    if (w < warp) before += sm->warp_sums[w];
+    total += sm->warp_sums[w];
+  }
+  __syncthreads();
+  return before + sum - value;
+}
+
+// Sum over the CTA, the same in every thread.
+__device__ inline int64_t sum_keys(PlanSmem* sm, int64_t keys) {
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) keys += __shfl_xor_sync(kFullMask, keys, mask);
+  if (threadIdx.x % kWarpSize == 0) sm->warp_keys[threadIdx.x / kWarpSize] = keys;
+  __syncthreads();
+  keys = 0;
+  for (int w = 0; w < kPlanWarps; ++w) keys += sm->warp_keys[w];
+  __syncthreads();
+  return keys;
+}
+
+// The last of starts[0 .. count) that is at most `index`; skips empty ranges.
+template <class Start>
+__device__ inline int32_t find_range(int32_t count, int32_t index, const Start& start) {
+  int32_t low = 0, high = count;  // start(low) <= index < start(high)
+  while (high - low > 1) {
+    const int32_t middle = (low + high) / 2;
+    if (start(middle) <= index) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// One CTA, one launch, any batch: tiles of all requests; their splits; items sorted longest first by one stable
+// counting sort. Once per step and reused by all layers, so latency matters and traffic (a few KB) does not: no second
+// launch, no global scratch, threads over tiles (not requests), because one long prompt may own a thousand.
+__global__ void __launch_bounds__(kPlanThreads) attention_plan_kernel(const __grid_constant__ AttentionPlanParams p) {
+  NLD_DYNAMIC_SMEM(PlanSmem, sm);
+  const PlanShape& shape = p.shape;
+  const PlanArrays plan = plan_arrays(p.plan, shape.max_tiles);
+  const int32_t tid = static_cast<int32_t>(threadIdx.x);
+
+  // 1. Tiles and their key ranges.
+  int32_t num_tiles = 0;
+  int64_t keys = 0;
+  for (int32_t first = 0; first < shape.batch; first += kPlanThreads) {
+    const int32_t request = first + tid, count = min(kPlanThreads, shape.batch - first);
+    int32_t mine = 0, chunk_tiles;
+    if (request < shape.batch) {
+      mine = plan_request_tiles(p, request);
+      NLD_DEVICE_CHECK(p.cu_seqlens_q[request] >= 0 && p.cu_seqlens_q[request] <= p.cu_seqlens_q[request + 1] &&
+                           p.cu_seqlens_q[request + 1] <= shape.total_q,
+                       "cu_seqlens_q grows from 0 to at most total_q");
+      NLD_DEVICE_CHECK(p.seq_lens[request] >= 0, "seq_lens are not negative");
+      NLD_DEVICE_CHECK(mine == 0 || (p.mask_mode[request] >= 0 && p.mask_mode[request] < kNumMaskModes),
+                       "mask_mode is a MaskMode");
+      NLD_DEVICE_CHECK(mine == 0 || p.mask_mode[request] < static_cast<int32_t>(MaskMode::kBlockCausal) ||
+                           (p.block_len != nullptr && p.block_len[request] >= 1),
+                       "block_len is at least 1 where the mode needs it");
+    }
+    sm->starts[tid] = exclusive_sum(sm, mine, chunk_tiles);
+    __syncthreads();
+    for (int32_t i = tid; i < chunk_tiles && num_tiles + i < shape.max_tiles; i += kPlanThreads) {
+      const int32_t owner = find_range(count, i, [&](int32_t r) { return sm->starts[r]; });
+      const PlanTile tile = plan_tile(p, first + owner, i - sm->starts[owner]);
+      plan.tiles[num_tiles + i] = tile;
+      keys += tile.key_end;
+    }
+    __syncthreads();  // before starts change
+    num_tiles = min(num_tiles + chunk_tiles, shape.max_tiles);
+  }
+  const int32_t split_keys = plan_split_keys(shape, sum_keys(sm, keys));
+
+  // 2. Splits, slots and unsorted item numbers. sum_keys has made the tiles visible to all threads.
+  int32_t num_items = 0, num_slots = 0, num_split_tiles = 0, longest = 0;
+  for (int32_t first = 0; first < num_tiles; first += kPlanThreads) {
+    const int32_t index = first + tid;
+    PlanTile tile = {};
+    if (index < num_tiles) {
+      tile = plan.tiles[index];
+      plan_split_tile(shape, split_keys, tile);
+      const PlanItem last = plan_item(tile, index, tile.num_splits - 1);
+      longest = max(longest, max(min(tile.split_keys, tile.key_end), last.key_end - last.key_begin));
+    }
+    const int32_t slots = tile.num_splits > 1 ? tile.num_splits : 0;
+    int32_t items_here, slots_here, split_here;
+    const int32_t item = num_items + exclusive_sum(sm, tile.num_splits, items_here);
+    const int32_t slot = num_slots + exclusive_sum(sm, slots, slots_here);
+    const int32_t split_tile = num_split_tiles + exclusive_sum(sm, slots > 0, split_here);
+    if (index < num_tiles) {
+      tile.first_item = item;
+      tile.first_slot = slots > 0 ? slot : -1;
+      plan.tiles[index] = tile;
+      if (slots > 0) plan.split_tiles[split_tile] = index;
+    }
+    num_items += items_here;
+    num_slots += slots_here;
+    num_split_tiles += split_here;
+  }
+  NLD_DEVICE_CHECK(num_items <= shape.max_items && num_slots <= attention_max_slots(shape.max_tiles, shape.max_items),
+                   "items and slots fit the plan");
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) longest = max(longest, __shfl_xor_sync(kFullMask, longest, mask));
+  if (tid % kWarpSize == 0) sm->warp_sums[tid / kWarpSize] = longest;
+  sm->bucket_ends[tid] = 0;
+  __syncthreads();
+  for (int w = 0; w < kPlanWarps; ++w) longest = max(longest, sm->warp_sums[w]);
+
+  // 3. Counting sort of the items by length. A thread finds its item's tile by first_item; nothing is kept in between.
+  const auto item_at = [&](int32_t i) {
+    const int32_t tile = find_range(num_tiles, i, [&](int32_t t) { return plan.tiles[t].first_item; });
+    return plan_item(plan.tiles[tile], tile, i - plan.tiles[tile].first_item);
+  };
+  const auto bucket_of = [&](const PlanItem& item) { return plan_bucket(item.key_end - item.key_begin, longest); };
+  for (int32_t i = tid; i < num_items; i += kPlanThreads) atomicAdd(&sm->bucket_ends[bucket_of(item_at(i))], 1);
+  __syncthreads();
+  int32_t total;
+  const int32_t bucket_begin = exclusive_sum(sm, sm->bucket_ends[tid], total);
+  sm->bucket_ends[tid] = bucket_begin;  // grows to its end as items are placed
+  __syncthreads();
+  for (int32_t first = 0; first < num_items; first += kPlanThreads) {
+    PlanItem item = {};
+    int32_t bucket = -1;
+    if (first + tid < num_items) {
+      item = item_at(first + tid);
+      bucket = bucket_of(item);
+    }
+    // Warps take turns in order, and lanes rank among their equals: stable.
+    const unsigned equals = __match_any_sync(kFullMask, bucket);
+    const int rank = __popc(equals & ((1u << tid % kWarpSize) - 1));
+    for (int warp = 0; warp < kPlanWarps; ++warp) {
+      if (warp == tid / kWarpSize && bucket >= 0) {
+        plan.items[sm->bucket_ends[bucket] + rank] = item;
+      }
+      __syncthreads();
+      if (warp == tid / kWarpSize && bucket >= 0 && rank == 0) sm->bucket_ends[bucket] += __popc(equals);
+      if (!NLD_BUG(plan_missing_barrier)) __syncthreads();
+    }
+  }
+  if (tid == 0) {
+    *plan.header = {kPlanVersion, shape.batch, shape.total_q,   shape.heads_per_kv, shape.tile_rows, shape.split_len,
+                    num_tiles,    num_items,   num_split_tiles, num_slots,          longest,         0};
+  }
+}
+
+}  // namespace nld

@@ -1,0 +1,43 @@
+// What every CUDA attention kernel does alike: where a packed row lies, and how its sums become `out` and `lse`. The
+// combine kernel and the kernels that write unsplit tiles must round alike: with a fixed split_len a row that needs one
+// split has the same bits whether the other rows of its tile need more or not.
+#pragma once
+
+#include "attention/attention.h"
+#include "common/element.cuh"
+
+namespace nld {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// Token and head of a packed row of a request.
+struct RowPlace {
+  int64_t token;
+  int64_t head;
+};
+__device__ __forceinline__ RowPlace row_place(const AttentionCudaParams& p, int32_t request, int32_t row,
+                                              int32_t kv_head) {
+  const int32_t heads_per_kv = p.plan_shape.heads_per_kv;
+  return {static_cast<int64_t>(p.cu_seqlens_q[request]) + row / heads_per_kv,
+          static_cast<int64_t>(kv_head) * heads_per_kv + row % heads_per_kv};
+}
+
+// Index into partial_m and partial_l; times head_dim, into partial_o.
+__device__ __forceinline__ int64_t partial_row(const AttentionCudaParams& p, int32_t slot, int32_t kv_head,
+                                               int32_t tile_row) {
+  return (slot * p.num_kv_heads + kv_head) * p.plan_shape.tile_rows + tile_row;
+}
+
+// Factor that turns a row's sum into its output. l is 0 only where nothing was seen (else the largest term is 1), and
+// NaN where a NaN was.
+__device__ __forceinline__ float row_scale(float l) { return l == 0.0f ? 0.0f : 1.0f / l; }
+
+// m in log2 units, as in the partials.
+__device__ __forceinline__ float row_lse(float m, float l) {
+  return l == 0.0f ? -INFINITY : __fmaf_rn(m, kLn2, logf(l));
+}
+
+// Weight of a partial with maximum m in a row whose maximum over all partials is m_all.
+__device__ __forceinline__ float partial_weight(float m, float m_all) { return exp2f(m - m_all); }
+
+}  // namespace nld
