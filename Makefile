@@ -38,6 +38,7 @@ build: .venv/.built
 
 .venv/.built: .venv/.torch $(CSRC)
 	$(PIP) install -q --no-build-isolation -e ".[test,cli]"
+	@$(PIP) install -q --no-deps nvidia-cutlass==4.2.0.0  # headers: tests/test_ptx.py compares our layouts with CuTe's
 	@touch $@
 
 .venv/.dev: .venv/.built

@@ -25,17 +25,22 @@ def tool(name: str) -> str:
 
 
 @functools.cache
-def build(variant: str) -> Path:
-    """Return libnld_emulated of a variant: "plain", "checked" (races) or "asan"."""
+def make(target: str, *options: str) -> None:
+    """Build a target of CMakeLists.txt in the emulator's own build folder."""
     configure = [
         tool("cmake"), "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja",
         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DTORCH_DIR={Path(torch.__file__).parent}",
-        "-DNLD_EMULATOR=ON", "-DNLD_WITH_CUDA=OFF", "-DNLD_PYTHON_MODULE=OFF",
+        "-DNLD_EMULATOR=ON", "-DNLD_WITH_CUDA=OFF", "-DNLD_PYTHON_MODULE=OFF", *options,
     ]  # fmt: skip
-    make = [tool("cmake"), "--build", str(BUILD), "--target", f"nld_emulated_{variant}"]
-    for command in (configure, make):
+    for command in (configure, [tool("cmake"), "--build", str(BUILD), "--target", target]):
         done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, f"the emulator does not build:\n{done.stdout}{done.stderr}"
+        assert done.returncode == 0, f"{target} does not build:\n{done.stdout}{done.stderr}"
+
+
+@functools.cache
+def build(variant: str) -> Path:
+    """Return libnld_emulated of a variant: "plain", "checked" (races) or "asan"."""
+    make(f"nld_emulated_{variant}")
     return BUILD / f"libnld_emulated_{variant}.so"
 
 

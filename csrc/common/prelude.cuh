@@ -13,6 +13,7 @@
 // includes know no CUDA types.
 #define NLD_LAUNCH(kernel, grid, block, smem_bytes, stream, ...) \
   (kernel)<<<(grid), (block), (smem_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define NLD_LAUNCH_SHAPED(kernel, shape, stream, ...) ::nld::launch_shaped(kernel, shape, stream, __VA_ARGS__)
 #define NLD_DYNAMIC_SMEM(Type, name)                          \
   extern __shared__ __align__(1024) unsigned char nld_smem[]; \
   Type* const name = reinterpret_cast<Type*>(nld_smem)
@@ -23,6 +24,12 @@
 #define NLD_LAUNCH(kernel, grid_, block_, smem_bytes, stream, ...)                                                 \
   (static_cast<void>(stream), ::emu::launch({dim3(grid_), dim3(block_), static_cast<size_t>(smem_bytes)}, #kernel, \
                                             [&] { (kernel)(__VA_ARGS__); }))
+#define NLD_LAUNCH_SHAPED(kernel, shape_, stream, ...)                                                             \
+  [&, nld_shape = ::nld::LaunchShape(shape_)] {                                                                    \
+    static_cast<void>(stream);                                                                                     \
+    ::emu::launch({nld_shape.grid, nld_shape.block, static_cast<size_t>(nld_shape.smem_bytes), nld_shape.cluster}, \
+                  #kernel, [&] { (kernel)(__VA_ARGS__); });                                                        \
+  }()
 #define NLD_DYNAMIC_SMEM(Type, name) Type* const name = reinterpret_cast<Type*>(::emu::t_cur->block->smem)
 #endif
 
@@ -67,6 +74,37 @@ inline LaunchError launch_result() {
   return nullptr;  // the emulator runs a kernel to its end and throws
 #endif
 }
+
+// A launch with more to say than NLD_LAUNCH can; both extras need sm_90.
+struct LaunchShape {
+  dim3 grid, block;
+  int smem_bytes = 0;
+  unsigned cluster = 1;            // CTAs of a cluster, along x
+  bool overlaps_previous = false;  // programmatic dependent launch: the kernel calls ptx::wait_for_previous_kernel()
+};
+#if NLD_ON_DEVICE
+template <class... Params, class... Args>
+void launch_shaped(void (*kernel)(Params...), const LaunchShape& shape, void* stream, Args&&... args) {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = static_cast<size_t>(shape.smem_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {shape.cluster, 1, 1};
+  }
+  if (shape.overlaps_previous) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  static_cast<void>(cudaLaunchKernelEx(&config, kernel, static_cast<Args&&>(args)...));  // launch_result() tells
+}
+#endif
 
 // More than 48 KiB of dynamic shared memory must be asked for, once per kernel and device.
 template <class Kernel>

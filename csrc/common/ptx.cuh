@@ -23,11 +23,12 @@ namespace nld::ptx {
 // ---- addresses and bits ----------------------------------------------------------------------------------------
 
 #if NLD_ON_DEVICE
-PTX_FN uint32_t smem_u32(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-PTX_FN uint64_t gmem_u64(const void* p) { return static_cast<uint64_t>(__cvta_generic_to_global(p)); }
-#else
-PTX_FN uint32_t smem_u32(const void* p) { return ::emu::smem_addr(p); }
-PTX_FN uint64_t gmem_u64(const void* p) { return reinterpret_cast<uint64_t>(p); }
+__device__ __forceinline__ uint32_t smem_u32(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ uint64_t gmem_u64(const void* p) {
+  return static_cast<uint64_t>(__cvta_generic_to_global(p));
+}
 #endif
 
 template <class T>

@@ -1,0 +1,93 @@
+// What the tests of the PTX wrappers share. The same files build with nvcc (a plain program for a GPU) and with g++
+// against the emulator; no torch.
+#pragma once
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/prelude.cuh"
+
+namespace nld::ptx_test {
+
+struct Failure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+template <class... Args>
+void expect(bool holds, const char* format, Args... args) {
+  if (holds) return;
+  char text[400];
+  std::snprintf(text, sizeof text, format, args...);
+  throw Failure(text);
+}
+inline void expect(bool holds, const char* text) {
+  if (!holds) throw Failure(text);
+}
+
+// Waits for the kernels launched so far; what went wrong in them becomes a Failure.
+inline void finish() {
+  if (LaunchError error = launch_result()) throw Failure(error);
+#if NLD_ON_DEVICE
+  if (const cudaError_t error = cudaDeviceSynchronize()) throw Failure(cudaGetErrorString(error));
+#endif
+}
+
+// 10 * major + minor of the GPU; the emulator can do all that Hopper can.
+inline int compute_capability() {
+#if NLD_ON_DEVICE
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return 10 * major + minor;
+#else
+  return 90;
+#endif
+}
+
+// Memory that kernels and the test both see.
+template <class T>
+class Array {
+ public:
+  explicit Array(size_t size, T fill = T{}) : size_(size) {
+    const size_t bytes = (size * sizeof(T) + 255) / 256 * 256;
+#if NLD_ON_DEVICE
+    void* memory = nullptr;
+    if (cudaMallocManaged(&memory, bytes) != cudaSuccess) throw Failure("no memory");
+    data_ = static_cast<T*>(memory);
+#else
+    data_ = static_cast<T*>(std::aligned_alloc(256, bytes));
+#endif
+    for (size_t i = 0; i < size; ++i) data_[i] = fill;
+  }
+  Array(const Array&) = delete;
+  ~Array() {
+#if NLD_ON_DEVICE
+    cudaFree(data_);
+#else
+    std::free(data_);
+#endif
+  }
+  T* data() { return data_; }
+  size_t size() const { return size_; }
+  T& operator[](size_t i) { return data_[i]; }
+
+ private:
+  size_t size_;
+  T* data_;
+};
+
+static std::mt19937 rng(20261121);  // not in a function: its guard would need more of libtsan than the emulator has
+inline int random_int(int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); }
+
+struct Case {
+  const char* name;
+  void (*run)();
+};
+using Cases = std::vector<Case>;
+
+}  // namespace nld::ptx_test

@@ -1,0 +1,57 @@
+// Runs every wrapper of common/ptx*.cuh and compares it with layouts.h and values worked out by hand: on a GPU when
+// nvcc builds it, and under the emulator when g++ does. Arguments of the emulated one: order, landing, seed.
+//   nvcc -std=c++20 -arch=sm_90a -Icsrc csrc/emulator/tests/ptx_device.cu -o ptx_device && ./ptx_device
+#include "emulator/tests/ptx_portable.cuh"
+
+namespace nld::ptx_test {
+
+const Cases kPortable = {
+    {"pack and unpack bf16", test_pack<bf16>},
+    {"pack and unpack f16", test_pack<f16>},
+    {"exp2, log2 and tanh", test_approx},
+    {"cp.async: sizes, zero fill, groups", test_cp_async_all},
+    {"ldmatrix: x1, x2, x4, plain and transposed", test_ldmatrix_all},
+    {"mma.m16n8k16 bf16", test_mma<bf16>},
+    {"mma.m16n8k16 f16", test_mma<f16>},
+    {"named barriers", test_barriers},
+    {"16-byte loads and stores", test_streaming},
+    {"ticket with atom.acq_rel", test_ticket<Ordering::kAcqRel>},
+    {"ticket with fence.acq_rel", test_ticket<Ordering::kFence>},
+    {"messages with st.release, ld.acquire, red.release", test_messages},
+    {"programmatic dependent launch", test_dependent_launch},
+};
+
+int run(const Cases& cases) {
+  int num_failed = 0;
+  for (const Case& c : cases) {
+    try {
+      c.run();
+      std::printf("ok %s\n", c.name);
+    } catch (const std::exception& e) {
+      std::printf("FAIL %s: %s\n", c.name, e.what());
+      ++num_failed;
+    }
+    std::fflush(stdout);
+  }
+  return num_failed;
+}
+
+}  // namespace nld::ptx_test
+
+int main(int argc, char** argv) {
+  using namespace nld::ptx_test;
+#if NLD_ON_DEVICE
+  static_cast<void>(argc);
+  static_cast<void>(argv);
+  std::printf("compute capability %d\n", compute_capability());
+#else
+  ::emu::Options& options = ::emu::options();
+  if (argc > 1) options.order = static_cast< ::emu::Order>(std::atoi(argv[1]));
+  if (argc > 2) options.async = static_cast< ::emu::Async>(std::atoi(argv[2]));
+  if (argc > 3) options.seed = static_cast<uint64_t>(std::atoll(argv[3]));
+  options.workers = 1;
+#endif
+  const int num_failed = run(kPortable);
+  std::printf("%d failed\n", num_failed);
+  return num_failed != 0;
+}
