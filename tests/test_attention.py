@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import emulated
 from cases import (
     ATTENTION_CORNER,
     ATTENTION_CORRECT,
@@ -227,6 +228,124 @@ def test_batch_equals_its_requests_alone(split_len: int, dtype: torch.dtype, bac
         begin = end
 
 
+def make_plan(args: list, options: dict, **changes) -> torch.Tensor:
+    names = ("block_len", "block_phase", "split_len")
+    sizes = {
+        "total_q": args[0].shape[0],
+        "num_heads": args[0].shape[1],
+        "num_kv_heads": args[1].shape[2],
+        "max_seq_len": args[3].shape[1] * args[1].shape[1],
+    }
+    return ops.attention_plan(*args[4:], **{**sizes, **{n: options[n] for n in names}, **changes})
+
+
+@pytest.mark.parametrize("split_len", [0, 48])
+def test_given_plan_changes_nothing(split_len: int, backend) -> None:
+    """Nor does one that is larger than need be, for lengths that may still grow."""
+    case = AttentionCase("x", MIXED, split_len=split_len, extra_rows=2)
+    args, options = make(case, torch.bfloat16, backend.device)
+    out, lse = ops.block_attention(*args, **options)
+    sizes = [{}, {"max_seq_len": 5000}] if split_len else [{}]
+    for changes in sizes:
+        plan = make_plan(args, options, **changes)
+        before = plan.clone()
+        planned = ops.block_attention(*args, **options, plan=plan)
+        assert_equal(planned[0], out, "out")
+        assert_equal(planned[1], lse, "lse")
+        assert_equal(plan, before, "plan")
+    if split_len == 0:  # made for another GPU: other splits, the same result
+        for num_sms in (1, 132):
+            plan = make_plan(args, options, num_sms=num_sms)
+            check(ops.block_attention(*args, **options, plan=plan), args, options)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda t: t[:20], "plan must be made by attention_plan for 111 rows, 5 requests, 4/2 hea"),
+        (lambda t: t[:-1], "plan must be made by attention_plan"),
+        (lambda t: torch.cat((t[:1], t))[1:], "plan must be made by attention_plan"),
+        (lambda t: t.long(), "plan must be int32, got int64"),
+        (lambda t: t[None], "plan must have 1 dimensions"),
+        (lambda t: t.repeat_interleave(2)[::2], "plan must be contiguous"),
+    ],
+)
+def test_bad_plan(change, message: str, backend) -> None:
+    args, options = make(AttentionCase("x", MIXED), torch.float32, backend.device)
+    with pytest.raises(RuntimeError, match="block_attention: " + message):
+        ops.block_attention(*args, **options, plan=change(make_plan(args, options)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shuffled_batch(dtype: torch.dtype, backend) -> None:
+    """With a split_len, a request's bits stay as they are wherever it stands in a batch."""
+    case = AttentionCase("x", MIXED, split_len=64)
+    args, options = make(case, dtype, backend.device)
+    out, lse = ops.block_attention(*args, **options)
+    order = [3, 0, 4, 2, 1]
+    rows = args[5].diff()
+    chosen = torch.cat([torch.arange(args[5][b], args[5][b + 1]) for b in order])
+    chosen = chosen.to(backend.device)
+    shuffled = [args[0][chosen], *args[1:3], args[3][order], args[4][order]]
+    shuffled += [torch.cat((rows[:0], rows.new_zeros(1), rows[order].cumsum(0))).int()]
+    shuffled += [args[6][order]]
+    per_request = {n: v[order] for n, v in options.items() if isinstance(v, torch.Tensor)}
+    out_shuffled, lse_shuffled = ops.block_attention(*shuffled, **{**options, **per_request})
+    assert_equal(out_shuffled, out[chosen], "out")
+    assert_equal(lse_shuffled, lse[:, chosen], "lse")
+
+
+@pytest.mark.parametrize("split_len", [0, 64])
+def test_emulated_runs_are_equal(split_len: int, monkeypatch) -> None:
+    """Neither the order of threads nor the landing of copies is seen in a result."""
+    case = AttentionCase("x", MIXED[:3], split_len=split_len, extra_rows=1)
+    for dtype in (torch.float32, torch.bfloat16):
+        args, options = make(case, dtype)
+        monkeypatch.setattr(ops, "_nld", emulated.Ops())
+        results = []
+        for order in emulated.ORDERS:
+            for landing in emulated.LANDINGS:
+                emulated.configure(order=order, landing=landing, seed=3)
+                results.append(ops.block_attention(*args, **options))
+        for out, lse in results[1:]:
+            assert_equal(out, results[0][0], "out")
+            assert_equal(lse, results[0][1], "lse")
+
+
+@pytest.mark.parametrize(
+    "index,change,message",
+    [
+        (3, lambda t: t.clone().fill_(-1), "page_table holds pages of the cache"),
+        (3, lambda t: t.clone().fill_(10**6), "page_table holds pages of the cache"),
+        (4, lambda t: t + 10000, "seq_lens fit the page table"),
+    ],
+)
+def test_kernels_check_values_in_debug_builds(index: int, change, message: str) -> None:
+    emulated.configure()
+    for dtype in (torch.float32, torch.bfloat16):
+        args, options = make(AttentionCase("x", MIXED), dtype)
+        args[index] = change(args[index])
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.nld_emulated.block_attention(*args, **options)
+
+
+def test_kernels_check_the_plan_in_debug_builds() -> None:
+    emulated.configure()
+    for dtype in (torch.float32, torch.bfloat16):
+        args, options = make(AttentionCase("x", MIXED), dtype)
+        plan = make_plan(args, {**options, "split_len": 1}, max_seq_len=1)
+        with pytest.raises(RuntimeError, match="the plan was made for these arguments"):
+            torch.ops.nld_emulated.block_attention(*args, **options, plan=plan)
+
+
+def test_what_cuda_does_not_compute() -> None:
+    args, options = make(AttentionCase("x", (Request(1, 2),), dim=513), torch.float32)
+    emulated.configure()
+    with pytest.raises(RuntimeError, match="head_dim of at most 512 on CUDA, got 513"):
+        torch.ops.nld_emulated.block_attention(*args, **options)
+    check(ops.block_attention(*args, **options), args, options)  # the CPU has no bound
+
+
 def test_row_does_not_depend_on_its_neighbours(backend) -> None:
     case = AttentionCase("x", (Request(50, 250, CAUSAL),), heads=6, split_len=96)
     args, options = make(case, torch.bfloat16, backend.device)
@@ -312,6 +431,7 @@ def test_opcheck() -> None:
     args, options = make(AttentionCase("x", MIXED, extra_rows=1), torch.float32)
     args = [t.nan_to_num(0) if t.is_floating_point() else t for t in args]
     torch.library.opcheck(torch.ops.nld.block_attention.default, tuple(args), options)
+    options["plan"] = make_plan(args, options)
     out, lse = ops.block_attention(*args, **options)
     out_args = {**options, "out": torch.zeros_like(out), "lse": torch.zeros_like(lse)}
     torch.library.opcheck(torch.ops.nld.block_attention.out, tuple(args), out_args)

@@ -94,14 +94,14 @@ AttentionParams attention_params(const Tensor& q, const Tensor& k_cache, const T
 
 // ---- the plan ----
 
+constexpr int64_t kMaxPlanned = INT32_MAX / 16;  // rows, requests and items: a plan's words are counted in int32
+
 PlanShape plan_shape(const char* op, int64_t total_q, int64_t batch, int64_t heads_per_kv, int64_t split_len,
                      int64_t max_items) {
   const int32_t tile_rows = attention_tile_rows(total_q, batch, heads_per_kv, split_len);
   const int64_t max_tiles = attention_max_tiles(total_q, batch, heads_per_kv, tile_rows);
-  constexpr int64_t kMax = INT32_MAX / 16;
-  if (total_q * heads_per_kv > kMax || batch > kMax || max_items > kMax) {
-    fail(op, ": q must have at most ", kMax, " packed rows and items, got ", total_q * heads_per_kv, " rows, ", batch,
-         " requests, ", max_items, " items");
+  if (max_items > kMaxPlanned) {
+    fail(op, ": split_len must leave at most ", kMaxPlanned, " items, got ", split_len, ", which makes ", max_items);
   }
   return {static_cast<int32_t>(total_q),
           static_cast<int32_t>(batch),
@@ -116,6 +116,9 @@ PlanShape plan_shape(const char* op, int64_t total_q, int64_t batch, int64_t hea
 PlanShape new_plan_shape(const char* op, int64_t total_q, int64_t batch, int64_t num_heads, int64_t num_kv_heads,
                          int64_t max_seq_len, int64_t split_len, int64_t num_sms) {
   const int64_t heads_per_kv = num_heads / num_kv_heads;
+  if (total_q > kMaxPlanned || total_q * heads_per_kv > kMaxPlanned) {
+    fail(op, ": total_q must be at most ", kMaxPlanned, " / heads per kv head, got ", total_q);
+  }
   const int32_t tile_rows = attention_tile_rows(total_q, batch, heads_per_kv, split_len);
   const int64_t max_tiles = attention_max_tiles(total_q, batch, heads_per_kv, tile_rows);
   const int64_t max_cuts = attention_max_cuts(tile_rows, num_kv_heads, num_sms);
@@ -142,7 +145,7 @@ PlanShape given_plan_shape(const AttentionParams& p, const Tensor& plan, const T
 AttentionPlanParams plan_params(const Tensor& seq_lens, const Tensor& cu_seqlens_q, const Tensor& mask_mode,
                                 int64_t total_q, int64_t num_heads, int64_t num_kv_heads, int64_t max_seq_len,
                                 const std::optional<Tensor>& block_len, const std::optional<Tensor>& block_phase,
-                                int64_t split_len, int64_t num_sms) {
+                                int64_t split_len, int64_t num_sms, int64_t default_sms) {
   const char* op = kPlanOp;
   const auto [batch] = shape<1>(op, "seq_lens", seq_lens);
   check_vector(op, "seq_lens", seq_lens, batch, "requests", ScalarType::Int, "seq_lens", seq_lens);
@@ -159,7 +162,10 @@ AttentionPlanParams plan_params(const Tensor& seq_lens, const Tensor& cu_seqlens
   if (total_q < 0) fail(op, ": total_q must be >= 0, got ", total_q);
   if (max_seq_len < 0) fail(op, ": max_seq_len must be >= 0, got ", max_seq_len);
   if (split_len < 0) fail(op, ": split_len must be >= 0 (0 = chosen by the plan), got ", split_len);
-  if (num_sms < 0) fail(op, ": num_sms must be >= 0 (0 = those of the device), got ", num_sms);
+  if (num_sms < 0 || num_sms > UINT16_MAX) {
+    fail(op, ": num_sms must lie in [0, ", UINT16_MAX, "] (0 = those of the device), got ", num_sms);
+  }
+  if (num_sms == 0) num_sms = default_sms;
   return {new_plan_shape(op, total_q, batch, num_heads, num_kv_heads, max_seq_len, split_len, num_sms),
           ptr<int32_t>(seq_lens),
           ptr<int32_t>(cu_seqlens_q),
@@ -335,7 +341,7 @@ void attention_plan_out_cpu(Tensor seq_lens, Tensor cu_seqlens_q, Tensor mask_mo
                             int64_t num_kv_heads, int64_t max_seq_len, std::optional<Tensor> block_len,
                             std::optional<Tensor> block_phase, int64_t split_len, int64_t num_sms, Tensor plan) {
   AttentionPlanParams p = plan_params(seq_lens, cu_seqlens_q, mask_mode, total_q, num_heads, num_kv_heads, max_seq_len,
-                                      block_len, block_phase, split_len, num_sms > 0 ? num_sms : kHostSms);
+                                      block_len, block_phase, split_len, num_sms, kHostSms);
   set_plan(p, plan, seq_lens);
   check_plan_requests(p);
   build_attention_plan(p);
@@ -345,7 +351,7 @@ Tensor attention_plan_cpu(Tensor seq_lens, Tensor cu_seqlens_q, Tensor mask_mode
                           int64_t num_kv_heads, int64_t max_seq_len, std::optional<Tensor> block_len,
                           std::optional<Tensor> block_phase, int64_t split_len, int64_t num_sms) {
   const PlanShape shape = plan_params(seq_lens, cu_seqlens_q, mask_mode, total_q, num_heads, num_kv_heads, max_seq_len,
-                                      block_len, block_phase, split_len, num_sms > 0 ? num_sms : kHostSms)
+                                      block_len, block_phase, split_len, num_sms, kHostSms)
                               .shape;
   const Tensor plan =
       torch::stable::new_zeros(seq_lens, {attention_plan_len(shape.max_tiles, shape.max_items)}, ScalarType::Int);
@@ -381,7 +387,7 @@ void attention_plan_out_cuda(Tensor seq_lens, Tensor cu_seqlens_q, Tensor mask_m
                              std::optional<Tensor> block_phase, int64_t split_len, int64_t num_sms, Tensor plan) {
   const CudaScope scope(seq_lens);
   AttentionPlanParams p = plan_params(seq_lens, cu_seqlens_q, mask_mode, total_q, num_heads, num_kv_heads, max_seq_len,
-                                      block_len, block_phase, split_len, num_sms > 0 ? num_sms : device_sms());
+                                      block_len, block_phase, split_len, num_sms, device_sms());
   set_plan(p, plan, seq_lens);
   check_launch(kPlanOp, launch_attention_plan(p, scope.stream()));
 }
@@ -390,9 +396,8 @@ Tensor attention_plan_cuda(Tensor seq_lens, Tensor cu_seqlens_q, Tensor mask_mod
                            int64_t num_kv_heads, int64_t max_seq_len, std::optional<Tensor> block_len,
                            std::optional<Tensor> block_phase, int64_t split_len, int64_t num_sms) {
   const CudaScope scope(seq_lens);
-  if (num_sms == 0) num_sms = device_sms();
   const PlanShape shape = plan_params(seq_lens, cu_seqlens_q, mask_mode, total_q, num_heads, num_kv_heads, max_seq_len,
-                                      block_len, block_phase, split_len, num_sms)
+                                      block_len, block_phase, split_len, num_sms, device_sms())
                               .shape;
   const Tensor plan =
       torch::stable::new_zeros(seq_lens, {attention_plan_len(shape.max_tiles, shape.max_items)}, ScalarType::Int);

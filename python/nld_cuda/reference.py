@@ -161,6 +161,87 @@ def block_attention(
     return out, lse
 
 
+def attention_plan(
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    mask_mode: Tensor,
+    *,
+    total_q: int,
+    num_heads: int,
+    num_kv_heads: int,
+    max_seq_len: int,
+    block_len: Tensor | None = None,
+    block_phase: Tensor | None = None,
+    split_len: int = 0,
+    num_sms: int = 0,
+) -> Tensor:
+    """List the tiles of every request, cut their keys into splits, sort the items by length."""
+    batch, heads_per_kv = seq_lens.shape[0], num_heads // num_kv_heads
+    num_sms = num_sms or 4
+    average = -(-total_q * heads_per_kv // batch) if batch else 0
+    tile_rows = 128 if average > 64 else 64 if average > 16 or split_len > 0 else 16
+    max_tiles = total_q * heads_per_kv // tile_rows + min(batch, total_q) if batch else 0
+    # How often ranges may be cut where the plan chooses: as many items as fill the GPU.
+    max_cuts = -(-num_sms * (1 if tile_rows == 128 else 2) // num_kv_heads)
+    max_splits = max(-(-max_seq_len // split_len), 1) if split_len > 0 else 0
+    max_items = max_tiles * max_splits if split_len > 0 else max_tiles + max_cuts * (max_tiles > 0)
+
+    tiles = []  # request, first packed row, packed rows, one past the last key that a row sees
+    for b, seq_len in enumerate(seq_lens.tolist()):
+        num_rows = int(cu_seqlens_q[b + 1]) - int(cu_seqlens_q[b])
+        visible = visible_keys(
+            int(mask_mode[b]),
+            seq_len,
+            num_rows,
+            1 if block_len is None else int(block_len[b]),
+            0 if block_phase is None else int(block_phase[b]),
+        )
+        for begin in range(0, num_rows * heads_per_kv, tile_rows):
+            rows = min(tile_rows, num_rows * heads_per_kv - begin)
+            seen = visible[begin // heads_per_kv : (begin + rows - 1) // heads_per_kv + 1].any(0)
+            end = int(seen.nonzero().max()) + 1 if seen.any() else 0
+            tiles.append((b, begin, rows, end))
+
+    # A split writes and reads a partial result as large as 256 keys at 128 rows: 512 keys at least,
+    # unless more than half of the GPU would then be idle.
+    total = sum(end for *_, end in tiles)
+    least = 512 if tile_rows == 128 and 2 * total > 512 * max_cuts else 256
+    share = -(-max(-(-total // max_cuts), least) // 64) * 64
+    tile_words, split_tiles, items = [], [], []
+    num_slots = 0
+    for t, (b, begin, rows, end) in enumerate(tiles):
+        split_keys, splits = split_len, -(-end // split_len) if split_len > 0 else 0
+        splits = min(splits, max_splits)
+        if split_len == 0:
+            wanted = -(-end // share)  # then equal lengths, at multiples of 64 keys
+            split_keys = -(-end // (wanted * 64)) * 64 if wanted > 1 else share
+            splits = -(-end // split_keys)
+        splits = max(splits, 1)
+        slot = num_slots if splits > 1 else -1
+        tile_words.append([b, begin, rows, end, splits, split_keys, slot, len(items)])
+        if splits > 1:
+            split_tiles.append(t)
+            num_slots += splits
+        for s in range(splits):
+            last = s == splits - 1
+            items.append([t, s, s * split_keys, end if last else (s + 1) * split_keys])
+    longest = max((end - begin for *_, begin, end in items), default=0)
+    items.sort(key=lambda item: -((item[3] - item[2]) // (longest // 256 + 1)))  # stable
+
+    header = [0x4E4C4401, batch, total_q, heads_per_kv, tile_rows, split_len]
+    header += [len(tiles), len(items), len(split_tiles), num_slots, longest, 0]
+    offset = -(-(12 + 9 * max_tiles) // 4) * 4
+    plan = torch.zeros(offset + 4 * max_items, dtype=torch.int32)
+    for at, words in (
+        (0, header),
+        (12, [w for tile in tile_words for w in tile]),
+        (12 + 8 * max_tiles, split_tiles),
+        (offset, [w for item in items for w in item]),
+    ):
+        plan[at : at + len(words)] = torch.tensor(words, dtype=torch.int32)
+    return plan
+
+
 # ---- sampler ----------------------------------------------------------------------------------
 
 
