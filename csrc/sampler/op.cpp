@@ -1,23 +1,14 @@
-// torch.ops.nld.commit_ and gumbel_noise_: schemas, checks, CPU implementations.
+// torch.ops.nld.commit_ and gumbel_noise_: schemas, checks, CPU and CUDA implementations.
 #include <memory>
-#include <vector>
 
-#include "common/check.h"
 #include "common/cpu_isa.h"
+#include "common/stream.h"
 #include "sampler/sampler.h"
 
 namespace nld {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-
-const SamplerCpu& cpu_kernels() {
-#if defined(NLD_X86)
-  return pick_isa(baseline::sampler_cpu, avx2::sampler_cpu, avx512::sampler_cpu);
-#else
-  return baseline::sampler_cpu;
-#endif
-}
 
 void check_optional_vector(const char* op, const char* name, const OptionalTensor& t, int64_t size, const char* what,
                            ScalarType type, const Tensor& like) {
@@ -36,7 +27,7 @@ CommitParams commit_params(const Tensor& logits, const Tensor& block_tokens, con
                            const OptionalTensor& eos_token_ids, const OptionalTensor& temperature,
                            const OptionalTensor& seed, const OptionalTensor& positions, int64_t purpose,
                            const Tensor& candidates, const Tensor& confidence, const Tensor& num_committed,
-                           const Tensor& num_remaining, const Tensor& done) {
+                           const Tensor& num_remaining, const Tensor& done, const OptionalTensor& tickets) {
   const char* op = "commit_";
   const auto [rows, vocab] = shape<2>(op, "logits", logits);
   const DType dtype = float_dtype(op, "logits", logits);
@@ -77,6 +68,7 @@ CommitParams commit_params(const Tensor& logits, const Tensor& block_tokens, con
   check_vector(op, "num_committed", num_committed, batch, "batch of cu_seqlens", ScalarType::Int, "logits", logits);
   check_vector(op, "num_remaining", num_remaining, batch, "batch of cu_seqlens", ScalarType::Int, "logits", logits);
   check_vector(op, "done", done, batch, "batch of cu_seqlens", ScalarType::Bool, "logits", logits);
+  check_optional_vector(op, "tickets", tickets, batch, "batch of cu_seqlens", ScalarType::Int, logits);
   CommitParams p = {};
   p.dtype = dtype;
   p.rows = rows;
@@ -93,7 +85,8 @@ CommitParams commit_params(const Tensor& logits, const Tensor& block_tokens, con
   p.quota = ptr<int32_t>(quota);
   p.revise_threshold = ptr<float>(revise_threshold);
   p.is_fixed = ptr<bool>(is_fixed);
-  p.banned = ptr<int64_t>(banned_token_ids);  // absent: the caller points it at the mask id
+  p.banned = ptr<int64_t>(banned_token_ids);
+  p.bans_mask_id = !banned_token_ids;
   p.num_banned = banned_token_ids ? banned_token_ids->size(0) : 0;
   p.eos = ptr<int64_t>(eos_token_ids);
   p.num_eos = eos_token_ids ? eos_token_ids->size(1) : 0;
@@ -106,17 +99,47 @@ CommitParams commit_params(const Tensor& logits, const Tensor& block_tokens, con
   p.num_committed = ptr<int32_t>(num_committed);
   p.num_remaining = ptr<int32_t>(num_remaining);
   p.done = ptr<bool>(done);
+  p.tickets = ptr<int32_t>(tickets);
   return p;
 }
 
+GumbelNoiseParams gumbel_noise_params(const Tensor& noise, const Tensor& seed, const Tensor& positions,
+                                      int64_t purpose) {
+  const char* op = "gumbel_noise_";
+  const auto [rows, vocab] = shape<2>(op, "noise", noise);
+  check_dtype(op, "noise", noise, ScalarType::Float);
+  check_last_dim_dense(op, "noise", noise);
+  check_vector(op, "seed", seed, rows, "rows of noise", ScalarType::Long, "noise", noise);
+  check_vector(op, "positions", positions, rows, "rows of noise", ScalarType::Int, "noise", noise);
+  check_purpose(op, purpose);
+  return {.rows = rows,
+          .vocab = vocab,
+          .seed = ptr<int64_t>(seed),
+          .positions = ptr<int32_t>(positions),
+          .purpose = static_cast<uint32_t>(purpose),
+          .noise = ptr<float>(noise),
+          .noise_row_stride = noise.stride(0)};
+}
+
+#if !NLD_EMULATED
+const SamplerCpu& cpu_kernels() {
+#if defined(NLD_X86)
+  return pick_isa(baseline::sampler_cpu, avx2::sampler_cpu, avx512::sampler_cpu);
+#else
+  return baseline::sampler_cpu;
+#endif
+}
+
+// Needs no tickets: they stay as they are.
 void commit_cpu(Tensor logits, Tensor block_tokens, Tensor is_masked, Tensor cu_seqlens, Tensor rule, Tensor threshold,
                 int64_t mask_token_id, OptionalTensor quota, OptionalTensor revise_threshold, OptionalTensor is_fixed,
                 OptionalTensor banned_token_ids, OptionalTensor eos_token_ids, OptionalTensor temperature,
                 OptionalTensor seed, OptionalTensor positions, int64_t purpose, Tensor candidates, Tensor confidence,
-                Tensor num_committed, Tensor num_remaining, Tensor done) {
-  CommitParams p = commit_params(logits, block_tokens, is_masked, cu_seqlens, rule, threshold, mask_token_id, quota,
-                                 revise_threshold, is_fixed, banned_token_ids, eos_token_ids, temperature, seed,
-                                 positions, purpose, candidates, confidence, num_committed, num_remaining, done);
+                Tensor num_committed, Tensor num_remaining, Tensor done, OptionalTensor tickets) {
+  CommitParams p =
+      commit_params(logits, block_tokens, is_masked, cu_seqlens, rule, threshold, mask_token_id, quota,
+                    revise_threshold, is_fixed, banned_token_ids, eos_token_ids, temperature, seed, positions, purpose,
+                    candidates, confidence, num_committed, num_remaining, done, tickets);
   for (int64_t request = 0; request < p.batch; ++request) {
     if (p.rule[request] < 0 || p.rule[request] >= kNumCommitRules) {
       fail("commit_: rule must be a CommitRule (0 to ", kNumCommitRules - 1, "), got ", p.rule[request],
@@ -150,41 +173,62 @@ void commit_cpu(Tensor logits, Tensor block_tokens, Tensor is_masked, Tensor cu_
 }
 
 void gumbel_noise_cpu(Tensor noise, Tensor seed, Tensor positions, int64_t purpose) {
-  const char* op = "gumbel_noise_";
-  const auto [rows, vocab] = shape<2>(op, "noise", noise);
-  check_dtype(op, "noise", noise, ScalarType::Float);
-  check_last_dim_dense(op, "noise", noise);
-  check_vector(op, "seed", seed, rows, "rows of noise", ScalarType::Long, "noise", noise);
-  check_vector(op, "positions", positions, rows, "rows of noise", ScalarType::Int, "noise", noise);
-  check_purpose(op, purpose);
-  const GumbelNoiseParams p = {.rows = rows,
-                               .vocab = vocab,
-                               .seed = ptr<int64_t>(seed),
-                               .positions = ptr<int32_t>(positions),
-                               .purpose = static_cast<uint32_t>(purpose),
-                               .noise = ptr<float>(noise),
-                               .noise_row_stride = noise.stride(0)};
+  const GumbelNoiseParams p = gumbel_noise_params(noise, seed, positions, purpose);
   const SamplerCpu& cpu = cpu_kernels();
   torch::stable::parallel_for(0, p.rows, 1 + 16384 / (1 + p.vocab),
                               [&](int64_t begin, int64_t end) { cpu.gumbel_noise(p, begin, end); });
 }
+#endif
+
+#if NLD_CUDA
+void commit_cuda(Tensor logits, Tensor block_tokens, Tensor is_masked, Tensor cu_seqlens, Tensor rule, Tensor threshold,
+                 int64_t mask_token_id, OptionalTensor quota, OptionalTensor revise_threshold, OptionalTensor is_fixed,
+                 OptionalTensor banned_token_ids, OptionalTensor eos_token_ids, OptionalTensor temperature,
+                 OptionalTensor seed, OptionalTensor positions, int64_t purpose, Tensor candidates, Tensor confidence,
+                 Tensor num_committed, Tensor num_remaining, Tensor done, OptionalTensor tickets) {
+  CommitParams p =
+      commit_params(logits, block_tokens, is_masked, cu_seqlens, rule, threshold, mask_token_id, quota,
+                    revise_threshold, is_fixed, banned_token_ids, eos_token_ids, temperature, seed, positions, purpose,
+                    candidates, confidence, num_committed, num_remaining, done, tickets);
+  const CudaScope scope(logits);
+  const Tensor workspace = torch::stable::new_empty(logits, {commit_workspace_bytes(p.rows, p.vocab)}, ScalarType::Byte);
+  const Tensor own_tickets = tickets ? *tickets : torch::stable::new_zeros(logits, {p.batch}, ScalarType::Int);
+  p.workspace = workspace.data_ptr();
+  p.tickets = ptr<int32_t>(own_tickets);
+  check_launch("commit_", launch_commit(p, scope.stream()));
+}
+
+void gumbel_noise_cuda(Tensor noise, Tensor seed, Tensor positions, int64_t purpose) {
+  const GumbelNoiseParams p = gumbel_noise_params(noise, seed, positions, purpose);
+  const CudaScope scope(noise);
+  check_launch("gumbel_noise_", launch_gumbel_noise(p, scope.stream()));
+}
+#endif
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(nld, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(NLD_NAMESPACE, m) {
   m.def(
       "commit_(Tensor logits, Tensor(a!) block_tokens, Tensor(b!) is_masked, Tensor cu_seqlens, Tensor rule, "
       "Tensor threshold, *, int mask_token_id, Tensor? quota=None, Tensor? revise_threshold=None, Tensor? "
       "is_fixed=None, "
       "Tensor? banned_token_ids=None, Tensor? eos_token_ids=None, Tensor? temperature=None, Tensor? seed=None, "
       "Tensor? positions=None, int purpose=0, Tensor(c!) candidates, Tensor(d!) confidence, Tensor(e!) num_committed, "
-      "Tensor(f!) num_remaining, Tensor(g!) done) -> ()");
+      "Tensor(f!) num_remaining, Tensor(g!) done, Tensor(h!)? tickets=None) -> ()");
   m.def("gumbel_noise_(Tensor(a!) noise, Tensor seed, Tensor positions, int purpose=0) -> ()");
 }
 
+#if !NLD_EMULATED
 STABLE_TORCH_LIBRARY_IMPL(nld, CPU, m) {
   m.impl("commit_", TORCH_BOX(&commit_cpu));
   m.impl("gumbel_noise_", TORCH_BOX(&gumbel_noise_cpu));
 }
+#endif
+#if NLD_CUDA
+STABLE_TORCH_LIBRARY_IMPL(NLD_NAMESPACE, NLD_CUDA_KEY, m) {
+  m.impl("commit_", TORCH_BOX(&commit_cuda));
+  m.impl("gumbel_noise_", TORCH_BOX(&gumbel_noise_cuda));
+}
+#endif
 
 }  // namespace nld

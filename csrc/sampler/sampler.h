@@ -43,6 +43,9 @@ struct CommitParams {
   float* confidence;                       // [rows]
   int32_t *num_committed, *num_remaining;  // [batch]
   bool* done;                              // [batch]
+  bool bans_mask_id;  // CUDA: no list was given, mask_token_id alone is banned (`banned` null)
+  int32_t* tickets;   // [batch], CUDA: zero, and zero again afterwards
+  void* workspace;    // CUDA: commit_workspace_bytes()
   // Workspace of the CPU path.
   int64_t num_slices;                                     // per row
   CommitPart* parts;                                      // [rows, num_slices], by place in judged_rows
@@ -67,6 +70,15 @@ struct SamplerCpu {
   void (*commit)(const CommitParams&, int64_t request_begin, int64_t request_end);
   void (*gumbel_noise)(const GumbelNoiseParams&, int64_t row_begin, int64_t row_end);
 };
+// CUDA: on the given cudaStream_t; null, or why the launch failed.
+const char* launch_commit(const CommitParams&, void* stream);
+const char* launch_gumbel_noise(const GumbelNoiseParams&, void* stream);
+int64_t commit_workspace_bytes(int64_t rows, int64_t vocab);
+// Bytes of logits that commit_ has to read: what its traffic is measured against.
+inline int64_t commit_logits_bytes(int64_t judged_rows, int64_t vocab, int64_t element_size) {
+  return judged_rows * vocab * element_size;
+}
+
 namespace baseline {
 extern const SamplerCpu sampler_cpu;
 }

@@ -392,6 +392,7 @@ def commit_(
     num_committed: Tensor | None = None,
     num_remaining: Tensor | None = None,
     done: Tensor | None = None,
+    tickets: Tensor | None = None,
 ) -> CommitResult:
     """Reveal the masked rows of each request that its rule is confident enough about, in place.
 
@@ -440,12 +441,17 @@ def commit_(
         num_committed: `[batch]` int32, written: rows revealed by the rule, not by the freeze.
         num_remaining: `[batch]` int32, written: rows still masked.
         done: `[batch]` bool, written: num_remaining is 0.
+        tickets: `[batch]` int32 zeros, zeros again on return: scratch memory of the CUDA kernel.
+            A caller that keeps it saves a launch; without it the op zeroes its own. Calls that may
+            run at the same time must not share it. On CPU it is left as it is.
 
     Raises:
         RuntimeError: a shape, dtype, stride or device does not fit, or temperature comes without
             seed or positions; nothing has been written.
 
-    CPU workspace: 20 bytes a row and 16384 ids, 13 bytes a row.
+    On CUDA one launch (two without `tickets`); cu_seqlens must not decrease and lie within the
+    rows, a rule out of range reveals nothing. Workspace: 32 bytes a row and 8192 ids, 5 bytes a
+    row; on CPU 20 bytes a row and 16384 ids, 13 bytes a row.
     Source: confidence-threshold decoding (Fast-dLLM, Wu et al. 2025); entropy bound (Ben-Hamu et
     al. 2025); Gumbel maximum with Philox4x32-10 (Salmon et al. 2011).
     Meaning: `reference.commit_`.
@@ -466,7 +472,7 @@ def commit_(
         is_fixed=is_fixed, banned_token_ids=banned_token_ids, eos_token_ids=eos_token_ids,
         temperature=temperature, seed=seed, positions=positions, purpose=int(purpose),
         candidates=candidates, confidence=confidence, num_committed=num_committed,
-        num_remaining=num_remaining, done=done,
+        num_remaining=num_remaining, done=done, tickets=tickets,
     )  # fmt: skip
     return CommitResult(candidates, confidence, num_committed, num_remaining, done)
 
@@ -475,7 +481,7 @@ def commit_(
 def _(logits, block_tokens, is_masked, cu_seqlens, rule, threshold, *, mask_token_id, quota=None,
       revise_threshold=None, is_fixed=None, banned_token_ids=None, eos_token_ids=None,
       temperature=None, seed=None, positions=None, purpose=0, candidates, confidence,
-      num_committed, num_remaining, done):  # fmt: skip
+      num_committed, num_remaining, done, tickets=None):  # fmt: skip
     return None
 
 

@@ -401,6 +401,7 @@ def commit_(
     num_committed: Tensor | None = None,
     num_remaining: Tensor | None = None,
     done: Tensor | None = None,
+    tickets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Judge the masked rows, reveal those the rule allows, re-mask disbelieved ones, freeze EOS."""
     rows, vocab = logits.shape

@@ -1,0 +1,46 @@
+// Launchers of commit_ and gumbel_noise_.
+#include "sampler/kernel.cuh"
+
+namespace nld {
+namespace {
+
+template <class T>
+LaunchError commit(const CommitParams& p, void* stream) {
+  const int64_t grid = p.rows * commit_num_slices(p.vocab) + (p.batch + kScanThreads - 1) / kScanThreads;
+  if (grid > INT32_MAX) return "rows * ceil(vocab / 8192) must be below 2^31";
+  if (p.temperature != nullptr) {
+    NLD_LAUNCH((commit_kernel<T, true>), static_cast<unsigned>(grid), kScanThreads, sizeof(CommitSmem), stream, p);
+  } else {
+    NLD_LAUNCH((commit_kernel<T, false>), static_cast<unsigned>(grid), kScanThreads, sizeof(CommitSmem), stream, p);
+  }
+  return launch_result();
+}
+
+}  // namespace
+
+int64_t commit_workspace_bytes(int64_t rows, int64_t vocab) {
+  return rows * (commit_num_slices(vocab) * static_cast<int64_t>(sizeof(SlicePart)) + 5);
+}
+
+LaunchError launch_commit(const CommitParams& p, void* stream) {
+  if (p.batch == 0) return nullptr;
+  switch (p.dtype) {
+    case DType::kF32:
+      return commit<float>(p, stream);
+    case DType::kBF16:
+      return commit<bf16>(p, stream);
+    case DType::kF16:
+      return commit<f16>(p, stream);
+  }
+  return "unknown dtype";
+}
+
+LaunchError launch_gumbel_noise(const GumbelNoiseParams& p, void* stream) {
+  if (p.rows == 0 || p.vocab == 0) return nullptr;
+  const int64_t grid = (p.rows * ((p.vocab + 3) / 4) + kNoiseThreads - 1) / kNoiseThreads;
+  if (grid > INT32_MAX) return "rows * vocab must be below 2^41";
+  NLD_LAUNCH(gumbel_noise_kernel, static_cast<unsigned>(grid), kNoiseThreads, 0, stream, p);
+  return launch_result();
+}
+
+}  // namespace nld
