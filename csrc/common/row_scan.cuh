@@ -320,6 +320,7 @@ template <class T, class Next8>
 __device__ __forceinline__ Choice warp_gumbel(const RowSlice<T>& slice, Next8 next8, float scale, const NoiseKey& key,
                                               uint32_t left_out, float floor) {
   Choice best = {-kScanInf, -1, -kScanInf};
+  floor = fmaxf(floor, -kScanMaxFloat);  // values at -inf never win
 #pragma unroll 1
   for (int step = 0; step < kScanIds / 8; ++step) {
     float logits[8], values[8];

@@ -1,17 +1,17 @@
 // commit_ in one launch, and gumbel_noise_.
 //
-// One CTA judges one slice (8192 ids) of one row; the last CTA of a request to finish commits: grid = rows * slices, and
-// a few CTAs more for requests without rows. 256 threads hold 32 ids each in registers (4 loads of 16 bytes in bfloat16,
-// 8 in float32, all issued before the first is used), take the maximum of their warp, then one exponential per id.
-// Traffic: the logits of judged rows once (32 x 131072 bfloat16: 8.4 MB, 2.8 us at the 3.0 TB/s an H100 copies with; its
-// 16 exponentials per clock and SM take 1.1 us of that time), 32 bytes written and read per slice, 30 bytes a row.
-// Latency after the logits: two shared-memory steps, fence + ticket, and the commit (one warp step per 2 rows, then the
-// rule, then two block-wide steps): 2-3 us estimated, not measured yet.
-// Why slices of 8192: one request of 32 rows makes 512 CTAs, four for each SM of an H100, all resident at once with
-// 64 KiB (bfloat16) in flight per SM, three times what bandwidth * latency asks for; with half of its rows judged there
-// still are two for each. Slices of 16384 leave SMs idle there, slices of 4096 double the tickets and parts.
-// Considered, not built: the maximum of the whole slice before the exponentials (a barrier while loads are under way;
-// warps are independent now), online rescaling (an exponential more per step), a ticket per row (a second wait).
+// One CTA judges one slice (8192 ids) of one row; the last CTA of a request to finish commits: grid = rows * slices,
+// and a few CTAs more for requests without rows. 256 threads hold 32 ids each in registers (4 loads of 16 bytes in
+// bfloat16, 8 in float32, all issued before the first is used), take the maximum of their warp, then one exponential
+// per id. Traffic: the logits of judged rows once (32 x 131072 bfloat16: 8.4 MB, 2.8 us at the 3.0 TB/s an H100 copies
+// with; its 16 exponentials per clock and SM take 1.1 us of that time), 32 bytes written and read per slice, 30 bytes a
+// row. Latency after the logits: two shared-memory steps, fence + ticket, and the commit (one warp step per 2 rows,
+// then the rule, then two block-wide steps): 2-3 us estimated, not measured yet. Why slices of 8192: one request of 32
+// rows makes 512 CTAs, four for each SM of an H100, all resident at once with 64 KiB (bfloat16) in flight per SM, three
+// times what bandwidth * latency asks for; with half of its rows judged there still are two for each. Slices of 16384
+// leave SMs idle there, slices of 4096 double the tickets and parts. Considered, not built: the maximum of the whole
+// slice before the exponentials (a barrier while loads are under way; warps are independent now), online rescaling (an
+// exponential more per step), a ticket per row (a second wait).
 #pragma once
 
 #include "common/row_scan.cuh"
@@ -67,8 +67,8 @@ __device__ __forceinline__ void scan_slice(const CommitParams& p, CommitSmem* sm
                                            int64_t request, bool is_held, SlicePart* part) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const auto raw = [&](int i) { return slice.raw(i); };
-  const uint32_t banned = p.bans_mask_id ? slice.banned_mask(&p.mask_token_id, 1)
-                                         : slice.banned_mask(p.banned, p.num_banned);
+  const uint32_t banned =
+      p.bans_mask_id ? slice.banned_mask(&p.mask_token_id, 1) : slice.banned_mask(p.banned, p.num_banned);
   const float top = thread_max(raw);
   const bool any_banned = __any_sync(kFullMask, banned != 0);
   const float allowed_top = warp_max(any_banned ? thread_max(raw, banned) : top);
@@ -93,8 +93,7 @@ __device__ __forceinline__ void scan_slice(const CommitParams& p, CommitSmem* sm
     const NoiseKey key = {static_cast<uint64_t>(p.seed[request]), static_cast<uint32_t>(p.positions[row]), p.purpose};
     const float floor = add_rn(fminf(mul_rn(allowed_top, scale), kScanMaxFloat), kMinGumbel);
     RowSlice<T> rest = slice;
-    choice = warp_gumbel(
-        slice, [&](float(&values)[8]) { rest.take8(values); }, scale, key, banned, floor);
+    choice = warp_gumbel(slice, [&](float (&values)[8]) { rest.take8(values); }, scale, key, banned, floor);
   }
   if (lane == 0) {
     sm->best[warp] = choice.value;
@@ -185,7 +184,8 @@ __device__ __forceinline__ void finish_rows(const CommitParams& p, const CommitW
 
 template <class Rule>
 __device__ __forceinline__ void judge_rows(const RuleInput& in, bool* commits) {
-  for (int64_t i = threadIdx.x; i < in.num_rows; i += kScanThreads) commits[i] = in.is_masked[i] && Rule::commits(in, i);
+  for (int64_t i = threadIdx.x; i < in.num_rows; i += kScanThreads)
+    commits[i] = in.is_masked[i] && Rule::commits(in, i);
 }
 
 __device__ __forceinline__ void judge_request(CommitRule rule, const RuleInput& in, bool* commits) {
@@ -289,8 +289,7 @@ __device__ __forceinline__ void commit_request(const CommitParams& p, CommitSmem
 // A row that is not judged stays so: nothing of it that its CTAs read is ever written. So only one of them arrives, for
 // all; the others leave at once.
 template <class T, bool kDraws>
-__global__ void __launch_bounds__(kScanThreads, kDraws ? 3 : 4)
-    commit_kernel(const __grid_constant__ CommitParams p) {
+__global__ void __launch_bounds__(kScanThreads, kDraws ? 3 : 4) commit_kernel(const __grid_constant__ CommitParams p) {
   NLD_DYNAMIC_SMEM(CommitSmem, sm);
   const uint32_t num_slices = static_cast<uint32_t>(commit_num_slices(p.vocab));
   const int64_t row = blockIdx.x / num_slices;

@@ -191,7 +191,8 @@ void commit_cuda(Tensor logits, Tensor block_tokens, Tensor is_masked, Tensor cu
                     revise_threshold, is_fixed, banned_token_ids, eos_token_ids, temperature, seed, positions, purpose,
                     candidates, confidence, num_committed, num_remaining, done, tickets);
   const CudaScope scope(logits);
-  const Tensor workspace = torch::stable::new_empty(logits, {commit_workspace_bytes(p.rows, p.vocab)}, ScalarType::Byte);
+  const Tensor workspace =
+      torch::stable::new_empty(logits, {commit_workspace_bytes(p.rows, p.vocab)}, ScalarType::Byte);
   const Tensor own_tickets = tickets ? *tickets : torch::stable::new_zeros(logits, {p.batch}, ScalarType::Int);
   p.workspace = workspace.data_ptr();
   p.tickets = ptr<int32_t>(own_tickets);

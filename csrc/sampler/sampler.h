@@ -43,9 +43,9 @@ struct CommitParams {
   float* confidence;                       // [rows]
   int32_t *num_committed, *num_remaining;  // [batch]
   bool* done;                              // [batch]
-  bool bans_mask_id;  // CUDA: no list was given, mask_token_id alone is banned (`banned` null)
-  int32_t* tickets;   // [batch], CUDA: zero, and zero again afterwards
-  void* workspace;    // CUDA: commit_workspace_bytes()
+  bool bans_mask_id;                       // CUDA: no list was given, mask_token_id alone is banned (`banned` null)
+  int32_t* tickets;                        // [batch], CUDA: zero, and zero again afterwards
+  void* workspace;                         // CUDA: commit_workspace_bytes()
   // Workspace of the CPU path.
   int64_t num_slices;                                     // per row
   CommitPart* parts;                                      // [rows, num_slices], by place in judged_rows
