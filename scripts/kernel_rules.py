@@ -79,6 +79,14 @@ def arguments(name: str) -> list[str]:
 
 LOAD_16 = r"LDG\.E\.(?:\w+\.)*128"
 STORE_16 = r"STG\.E\.(?:\w+\.)*128"
+CP_ASYNC_16 = r"LDGSTS\.E\.(?:\w+\.)*128"
+
+
+def attention_mma_smem(name: str) -> int:
+    """Bytes of the ring of K and V tiles (attention/tile_loader.cuh)."""
+    head_dim, tile_rows = map(int, arguments(name)[1:])
+    return 6 * 64 * head_dim * 2 if tile_rows == 128 else 48 * KIB
+
 
 RULES: list[Rule] = [
     # ---- kv_cache: latency-bound. The first kind has all loads of 4 items a thread in flight (for
@@ -111,5 +119,25 @@ RULES: list[Rule] = [
         r"compact_kernel<(uint2|unsigned (int|short))>",
         min_ctas={"all": 8},
         dynamic_smem=lambda name: 4096,
+    ),
+    # ---- attention on tensor cores: two CTAs a multiprocessor where a warp's 16 rows allow it; 128
+    # rows are 8 warps of one CTA. LDSM and HMMA of one tile of 64 keys (16-row tiles: of 16 keys).
+    Rule(
+        r"attention_mma_kernel<\w+, \d+, 128>",
+        min_ctas={"all": 1},
+        instructions={"LDSM": 2 * 16, "HMMA": 4 * 16, CP_ASYNC_16: 8},
+        dynamic_smem=attention_mma_smem,
+    ),
+    Rule(
+        r"attention_mma_kernel<\w+, \d+, 64>",
+        min_ctas={"all": 2},
+        instructions={"LDSM": 2 * 16, "HMMA": 4 * 16, CP_ASYNC_16: 8},
+        dynamic_smem=attention_mma_smem,
+    ),
+    Rule(
+        r"attention_mma_kernel<\w+, \d+, 16>",
+        min_ctas={"all": 2},
+        instructions={"LDSM": 2 * 4, "HMMA": 4 * 4, CP_ASYNC_16: 8},
+        dynamic_smem=attention_mma_smem,
     ),
 ]

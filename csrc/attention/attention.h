@@ -54,6 +54,9 @@ struct AttentionCudaParams : AttentionParams {
 // to no request. launch_attention_simt takes every dtype and head_dim up to kMaxSimtDim.
 typedef const char* AttentionLauncher(const AttentionCudaParams&, void* stream);
 AttentionLauncher launch_attention_simt, launch_attention_combine;
+// Tensor cores: bfloat16 and float16, and the head_dims that has_attention_mma knows.
+AttentionLauncher launch_attention_mma;
+bool has_attention_mma(DType dtype, int64_t head_dim);
 const char* launch_attention_plan(const AttentionPlanParams&, void* stream);
 constexpr int64_t kMaxSimtDim = 512;
 int32_t device_sms();            // of the current device

@@ -97,4 +97,15 @@ NLD_HD bool tile_is_seen(const RequestMask& mask, int32_t row_begin, int32_t row
   return head < key_end && head < last.head_end;
 }
 
+NLD_HD uint64_t bits_below(int32_t count) {
+  return count <= 0 ? 0 : count >= 64 ? ~static_cast<uint64_t>(0) : (static_cast<uint64_t>(1) << count) - 1;
+}
+
+// The keys of [key_begin, key_begin + 64) that a row sees, bit i for key_begin + i. `heads`: which of them are group
+// heads (is_group_head; 0 in the other modes).
+NLD_HD uint64_t visible_bits(const RowView& view, uint64_t heads, int32_t key_begin) {
+  return bits_below(view.dense_end - key_begin) | (heads & bits_below(view.head_end - key_begin)) |
+         (bits_below(view.group_end - key_begin) & ~bits_below(view.group_begin - key_begin));
+}
+
 }  // namespace nld

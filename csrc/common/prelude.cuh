@@ -120,6 +120,22 @@ LaunchError allow_smem(Kernel kernel, int smem_bytes) {
 #endif
 }
 
+// CTAs of a kernel that one SM of the current device holds at once.
+template <class Kernel>
+int resident_ctas(Kernel kernel, int num_threads, int smem_bytes) {
+#if NLD_ON_DEVICE
+  int ctas = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, reinterpret_cast<const void*>(kernel), num_threads,
+                                                static_cast<size_t>(smem_bytes));
+  return ctas > 0 ? ctas : 1;
+#else
+  static_cast<void>(kernel);
+  static_cast<void>(num_threads);
+  static_cast<void>(smem_bytes);
+  return 1;
+#endif
+}
+
 // Multiprocessors of the current device.
 inline int num_sms() {
 #if NLD_ON_DEVICE

@@ -1,0 +1,369 @@
+// block_attention on tensor cores by mma.sync and cp.async, for every GPU from sm_80.
+//
+// A CTA works through items of the plan (a tile of 16, 64 or 128 packed rows, a range of keys), one kv head at a time;
+// the grid is as many CTAs as the GPU holds, CTA c takes the pairs (item, kv head) c, c + grid, ... : heads of an item
+// run side by side and share its pages in L2. Longest items come first, so the CTAs end together.
+//
+// Traffic: K and V of every tile that some row sees, 2 * 64 * head_dim * 2 bytes, once per row tile, straight from the
+// pages; q and out once; split items write (head_dim + 2) * 4 bytes a row instead. 128 rows do 128 multiplications per
+// element of K and V read, 32 query tokens of a 4:1 model exactly.
+//
+// Why so. Q lives in registers: a warp reads each of K and V once per tile from shared memory, and nothing else. K and
+// V are separate steps of one ring, so that while one is multiplied the next two or more are under way, and the
+// smallest ring that does so (48 KiB) leaves room for two CTAs even in 100 KiB; one barrier per step serves both the
+// arrival of a tile and the release of its predecessor's slot. Page numbers are looked up a tile ahead. The maximum
+// rarely grows after the first tiles, so the 64 products that would rescale the sums are mostly branched over. Masks
+// only touch tiles at the edge of what rows see. Which of these pays how much has not been measured: no GPU has run
+// this yet.
+#pragma once
+
+#include "attention/rows.cuh"
+#include "attention/tile_math.cuh"
+
+namespace nld {
+
+// One item of the plan (tile of packed rows, range of keys) for one kv head, worked through by one CTA.
+template <class T, class Shape>
+class ItemWorker {
+ public:
+  __device__ __forceinline__ ItemWorker(const MmaParams& p, typename Shape::Smem* sm, const PlanTile& tile,
+                                        const PlanItem& item, int kv_head)
+      : p_(p),
+        sm_(sm),
+        tile_(tile),
+        item_(item),
+        kv_head_(kv_head),
+        mask_(request_mask(p.op, tile.request)),
+        first_q_(p.op.cu_seqlens_q[tile.request]),
+        lane_(threadIdx.x % kWarpSize),
+        warp_(threadIdx.x / kWarpSize),
+        warp_row_(Shape::kSharesKeys ? 0 : warp_ * 16),
+        warp_key_(Shape::kSharesKeys ? warp_ * Shape::kWarpKeys : 0) {}
+
+  __device__ __forceinline__ void run() {
+    if (mask_.mode == MaskMode::kQuadratic) {
+      last_view_ = row_view(mask_, q_row(tile_.num_rows - 1));
+    }
+    const int32_t first_key = next_visible(item_.key_begin);
+    WarpRows<T, Shape> rows;
+    if (first_key < item_.key_end) work(first_key, rows);
+    rows.finish_sum();
+    __syncthreads();  // the ring is free
+    if constexpr (Shape::kSharesKeys) {
+      merge_warps(rows);
+    } else if (tile_.num_splits > 1) {
+      store_partial(rows);
+    } else {
+      store(rows);
+    }
+  }
+
+ private:
+  // Query row of packed row `row` of the tile; rows past its end are copies of its last.
+  __device__ __forceinline__ int32_t q_row(int row) const {
+    return static_cast<int32_t>(divide(tile_.row_begin + min(row, tile_.num_rows - 1), p_.heads_per_kv));
+  }
+
+  // The first tile from `key` on in which a row sees a key. Only groups leave holes: the plan has cut off the ends.
+  __device__ __forceinline__ int32_t next_visible(int32_t key) const {
+    if (mask_.mode == MaskMode::kQuadratic) {
+      const int32_t row_begin = q_row(0), row_end = q_row(tile_.num_rows - 1) + 1;
+      while (key < item_.key_end && !tile_is_seen(mask_, row_begin, row_end, last_view_, key, key + kTileKeys)) {
+        key += kTileKeys;
+      }
+    }
+    return key;
+  }
+
+  __device__ __forceinline__ void team_sync() const {
+    if (NLD_BUG(attention_missing_barrier)) return;
+    if constexpr (Shape::kSharesKeys) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  }
+
+  // Each warp copies the 16 rows it will hold. Rows past the end of the tile are zero.
+  __device__ __forceinline__ void copy_q(uint4* slots) const {
+    constexpr int kRowsPerPass = kWarpSize / Shape::kLanesPerRow;
+    const int chunk = lane_ % Shape::kLanesPerRow;
+#pragma unroll
+    for (int pass = 0; pass < 16 / kRowsPerPass; ++pass) {
+      const int row = pass * kRowsPerPass + lane_ / Shape::kLanesPerRow, in_tile = warp_row_ + row;
+      const uint16_t* source = static_cast<const uint16_t*>(p_.op.q);
+      if (in_tile < tile_.num_rows) {
+        const RowPlace at = place(in_tile);
+        source += at.token * p_.op.q_token_stride + at.head * p_.op.q_head_stride;
+      }
+#pragma unroll
+      for (int i = 0; i < Shape::kChunksPerLane; ++i) {
+        const int c = chunk + i * Shape::kLanesPerRow;
+        uint4* target = slots + Shape::at(warp_ * 16 + row, c);
+        if (p_.q_aligned) {
+          ptx::cp_async(target, source + c * 8, in_tile < tile_.num_rows ? 16 : 0);
+        } else {
+          *target = in_tile < tile_.num_rows ? load_elements(source + c * 8) : make_uint4(0, 0, 0, 0);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void work(int32_t first_key, WarpRows<T, Shape>& rows) {
+    constexpr int kDepth = Shape::kDepth;
+    TileLoader<Shape> loader(p_, p_.op.page_table + tile_.request * p_.op.page_table_stride, kv_head_, item_.key_end);
+    int32_t load_key = first_key;  // the next tile to be copied
+    bool loading = false;
+    int write = 0, read = 0;  // slots of the ring
+    loader.look_up(load_key);
+    const auto copy_next = [&](auto is_v) {
+      if constexpr (!is_v.value) {
+        loading = load_key < item_.key_end;
+        loader.advance();
+        if (loading) load_key = next_visible(load_key + kTileKeys);
+        loader.look_up(load_key);
+      }
+      if (loading) loader.template copy<is_v.value>(sm_->slots[write]);
+      ptx::cp_async_commit();
+      write = write + 1 == Shape::kSlots ? 0 : write + 1;
+    };
+    // One group of copies per step, empty ones at the end: the group that a step needs is always the kDepth'th last.
+    // One barrier per step does for two: all have waited, and all have read the slot that is filled next.
+    const auto begin_step = [&](auto copies_v) {
+      if (NLD_BUG(attention_early_reuse)) copy_next(copies_v);
+      if (NLD_BUG(attention_wait_depth)) {
+        ptx::cp_async_wait<kDepth>();
+      } else {
+        ptx::cp_async_wait<kDepth - 1>();
+      }
+      team_sync();
+      if (!NLD_BUG(attention_early_reuse)) copy_next(copies_v);
+    };
+    const auto end_step = [&] { read = read + 1 == Shape::kSlots ? 0 : read + 1; };
+
+    copy_q(sm_->slots[kDepth]);
+    ptx::cp_async_commit();
+#pragma unroll
+    for (int step = 0; step < kDepth; ++step) {
+      if (step % 2 == 0) {
+        copy_next(std::false_type());
+      } else {
+        copy_next(std::true_type());
+      }
+    }
+
+    // Meanwhile: what this lane's rows see.
+    const RowView views[2] = {row_view(mask_, q_row(warp_row_ + lane_ / 4)),
+                              row_view(mask_, q_row(warp_row_ + lane_ / 4 + 8))};
+    // Ends grow with the row: the warp's first row has the lowest, its last one the highest.
+    const int32_t unmasked_end = min(item_.key_end, __shfl_sync(kFullMask, views[0].dense_end, 0));
+    int32_t warp_end = __shfl_sync(kFullMask, views[1].dense_end, kWarpSize - 1);
+    warp_end = mask_.mode == MaskMode::kQuadratic ? item_.key_end : min(item_.key_end, warp_end);
+
+    ptx::cp_async_wait<kDepth>();
+    __syncwarp();
+    rows.load_q(sm_->slots[kDepth], warp_ * 16, p_.q_signs);
+
+    const std::bool_constant<kDepth % 2 != 0> copies_v_at_k;
+    const std::bool_constant<kDepth % 2 == 0> copies_v_at_v;
+    const int32_t last_key = NLD_BUG(attention_lost_tail) ? item_.key_end - kTileKeys + 1 : item_.key_end;
+    for (int32_t key = first_key; key < last_key; key = next_visible(key + kTileKeys)) {
+      const int32_t my_key = key + warp_key_;
+      begin_step(copies_v_at_k);
+      if (my_key < warp_end) {
+        float s[Shape::kWarpKeys / 8][4] = {};
+        rows.multiply_k(sm_->slots[read], warp_key_, s);
+        if (p_.op.softcap > 0.0f) cap_scores(s);
+        if (my_key + Shape::kWarpKeys > unmasked_end) hide_keys(s, views, my_key);
+        rows.softmax(s, p_.scale_log2);
+      }
+      end_step();
+      begin_step(copies_v_at_v);
+      if (my_key < warp_end) rows.multiply_v(sm_->slots[read], warp_key_);
+      end_step();
+    }
+  }
+
+  // cap * tanh(score / cap) by one exp2 and one division: the error is a few ulp of cap.
+  __device__ __forceinline__ void cap_scores(float (&s)[Shape::kWarpKeys / 8][4]) const {
+#pragma unroll
+    for (int j = 0; j < Shape::kWarpKeys / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        s[j][e] = p_.cap_log2 - __fdividef(2.0f * p_.cap_log2, 1.0f + ptx::exp2_approx(s[j][e] * p_.cap_slope));
+      }
+    }
+  }
+
+  // On edge tiles: scores of keys that a row does not see become -inf. A row's 64 keys are one word of bits, so that
+  // all mask modes cost one test per element.
+  __device__ __forceinline__ void hide_keys(float (&s)[Shape::kWarpKeys / 8][4], const RowView (&views)[2],
+                                            int32_t key) const {
+    uint64_t heads = 0;
+    if (mask_.mode == MaskMode::kQuadratic) {
+      heads = __ballot_sync(kFullMask, is_group_head(mask_, key + lane_));
+      if constexpr (Shape::kWarpKeys > kWarpSize) {
+        heads |= static_cast<uint64_t>(__ballot_sync(kFullMask, is_group_head(mask_, key + kWarpSize + lane_))) << 32;
+      }
+    }
+    const uint64_t in_item = bits_below(item_.key_end - key);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      RowView view = views[h];
+      if (NLD_BUG(attention_mask_edge)) ++view.dense_end;
+      const uint64_t bits = (visible_bits(view, heads, key) & in_item) >> (lane_ % 4 * 2);
+      const uint32_t low = static_cast<uint32_t>(bits), high = static_cast<uint32_t>(bits >> 32);
+#pragma unroll
+      for (int j = 0; j < Shape::kWarpKeys / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (!((j < 4 ? low : high) >> (j % 4 * 8 + e) & 1)) s[j][2 * h + e] = -INFINITY;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ RowPlace place(int row) const {
+    const uint32_t packed = tile_.row_begin + row, q = divide(packed, p_.heads_per_kv);
+    const uint32_t head = kv_head_ * p_.heads_per_kv.divisor + remainder(packed, q, p_.heads_per_kv);
+    return {static_cast<int64_t>(first_q_) + q, static_cast<int64_t>(head)};
+  }
+  __device__ __forceinline__ int64_t partial_at(int row) const {
+    return partial_row(p_.op, tile_.first_slot + item_.split, kv_head_, row);
+  }
+
+  __device__ __forceinline__ void store_lse(int row, float max, float sum) const {
+    const RowPlace at = place(row);
+    p_.op.lse[at.head * p_.op.lse_head_stride + at.token * p_.op.lse_token_stride] = row_lse(max, sum);
+  }
+
+  // Eight elements of a row of out.
+  __device__ __forceinline__ void store_chunk(int row, int chunk, const uint4& value) const {
+    const RowPlace at = place(row);
+    uint16_t* target = static_cast<uint16_t*>(p_.op.out) + at.token * p_.op.out_token_stride +
+                       at.head * p_.op.out_head_stride + chunk * 8;
+    if (p_.out_aligned) {
+      *reinterpret_cast<uint4*>(target) = value;
+    } else {
+      const uint32_t words[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) target[i] = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
+    }
+  }
+
+  // Through shared memory, so that a row leaves in 16-byte pieces. A warp only touches its own rows there.
+  __device__ __forceinline__ void store(const WarpRows<T, Shape>& rows) const {
+    uint4* stage = sm_->slots[0];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = warp_row_ + lane_ / 4 + 8 * h;
+      const float scale = row_scale(rows.sum[h]);
+      if (lane_ % 4 == 0 && row < tile_.num_rows) store_lse(row, rows.max[h], rows.sum[h]);
+#pragma unroll
+      for (int j = 0; j < Shape::kChunks; ++j) {
+        reinterpret_cast<uint32_t*>(stage + Shape::at(row, j))[lane_ % 4] =
+            ptx::pack<T>(rows.out[j][2 * h] * scale, rows.out[j][2 * h + 1] * scale);
+      }
+    }
+    __syncwarp();
+#pragma unroll 4
+    for (int i = lane_; i < 16 * Shape::kChunks; i += kWarpSize) {
+      const int row = warp_row_ + i / Shape::kChunks, chunk = i % Shape::kChunks;
+      if (row < tile_.num_rows) store_chunk(row, chunk, stage[Shape::at(row, chunk)]);
+    }
+    __syncthreads();  // before the next item fills the ring
+  }
+
+  __device__ __forceinline__ void store_partial(const WarpRows<T, Shape>& rows) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = warp_row_ + lane_ / 4 + 8 * h;
+      if (row >= tile_.num_rows) continue;
+      const int64_t at = partial_at(row);
+      if (lane_ % 4 == 0) {
+        p_.op.partial_m[at] = rows.max[h];
+        p_.op.partial_l[at] = rows.sum[h];
+      }
+      float* out = p_.op.partial_o + at * Shape::kHeadDim + lane_ % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < Shape::kChunks; ++j) {  // the four lanes of a row fill a sector of 32 bytes
+        *reinterpret_cast<float2*>(out + 8 * j) = make_float2(rows.out[j][2 * h], rows.out[j][2 * h + 1]);
+      }
+    }
+  }
+
+  // 16-row tiles: the warps' results for the same rows, added in the order of the warps.
+  __device__ __forceinline__ void merge_warps(const WarpRows<T, Shape>& rows) const {
+    typename Shape::Parts& parts = sm_->parts;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = lane_ / 4 + 8 * h;
+      if (lane_ % 4 == 0) {
+        parts.max[warp_][row] = rows.max[h];
+        parts.sum[warp_][row] = rows.sum[h];
+      }
+#pragma unroll
+      for (int j = 0; j < Shape::kChunks; ++j) {
+        *reinterpret_cast<float2*>(&parts.out[warp_][row][8 * j + lane_ % 4 * 2]) =
+            make_float2(rows.out[j][2 * h], rows.out[j][2 * h + 1]);
+      }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < tile_.num_rows * Shape::kChunks; i += Shape::kThreads) {
+      const int row = i / Shape::kChunks, chunk = i % Shape::kChunks;
+      float max = -INFINITY, sum = 0.0f, out[8] = {};
+      for (int w = 0; w < Shape::kWarps; ++w) max = fmaxf(max, parts.max[w][row]);
+      const float base = max == -INFINITY ? 0.0f : max;
+      for (int w = 0; w < Shape::kWarps; ++w) {
+        const float weight = ptx::exp2_approx(parts.max[w][row] - base);
+        sum = __fmaf_rn(weight, parts.sum[w][row], sum);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) out[e] = __fmaf_rn(weight, parts.out[w][row][chunk * 8 + e], out[e]);
+      }
+      if (tile_.num_splits > 1) {
+        const int64_t at = partial_at(row);
+        float4* target = reinterpret_cast<float4*>(p_.op.partial_o + at * Shape::kHeadDim + chunk * 8);
+        target[0] = make_float4(out[0], out[1], out[2], out[3]);
+        target[1] = make_float4(out[4], out[5], out[6], out[7]);
+        if (chunk == 0) {
+          p_.op.partial_m[at] = max;
+          p_.op.partial_l[at] = sum;
+        }
+      } else {
+        const float scale = row_scale(sum);
+        if (chunk == 0) store_lse(row, max, sum);
+        const auto pair = [&](int e) { return ptx::pack<T>(out[e] * scale, out[e + 1] * scale); };
+        store_chunk(row, chunk, make_uint4(pair(0), pair(2), pair(4), pair(6)));
+      }
+    }
+    __syncthreads();  // before the next item fills the ring
+  }
+
+  const MmaParams& p_;
+  typename Shape::Smem* sm_;
+  const PlanTile tile_;
+  const PlanItem item_;
+  const int kv_head_;
+  const RequestMask mask_;
+  const int32_t first_q_;
+  const int lane_, warp_;
+  const int warp_row_, warp_key_;  // first row of the tile, and first key of each 64, of this warp
+  RowView last_view_;              // of the tile's last row; only under kQuadratic
+};
+
+template <class T, int kHeadDim, int kTileRows>
+__global__ void __launch_bounds__(TileShape<kHeadDim, kTileRows>::kThreads, TileShape<kHeadDim, kTileRows>::kMinCtas)
+    attention_mma_kernel(const __grid_constant__ MmaParams p) {
+  typedef TileShape<kHeadDim, kTileRows> Shape;
+  NLD_DYNAMIC_SMEM(typename Shape::Smem, sm);
+  const Plan plan = plan_view(p.op.plan, p.op.plan_shape.max_tiles);
+  NLD_DEVICE_CHECK(plan_fits(*plan.header, p.op.plan_shape), "the plan was made for these sizes");
+  const int num_kv_heads = static_cast<int>(p.op.num_kv_heads), num_work = plan.header->num_items * num_kv_heads;
+  for (int work = blockIdx.x; work < num_work; work += gridDim.x) {
+    const PlanItem item = plan.items[work / num_kv_heads];
+    const PlanTile tile = plan.tiles[item.tile];
+    ItemWorker<T, Shape>(p, sm, tile, item, work % num_kv_heads).run();
+  }
+}
+
+}  // namespace nld

@@ -1,0 +1,24 @@
+// What the mma.sync kernels need beside the op's arguments: derived once per launch on the host. Knows no torch.
+#pragma once
+
+#include "attention/attention.h"
+#include "common/fast_div.h"
+
+namespace nld {
+
+struct MmaParams {
+  AttentionCudaParams op;
+  FastDiv page_size, heads_per_kv;
+  // Steps through the caches in chunks of 8 elements, where those and their sums fit 32 bits (kv_aligned).
+  uint32_t k_page_chunks, k_token_chunks, v_page_chunks, v_token_chunks;
+  bool kv_aligned, q_aligned, out_aligned;  // addresses and strides are multiples of 16 bytes
+  uint32_t q_signs;                         // flips the signs of two elements of q where softmax_scale is negative
+  float scale_log2;                         // > 0: score * scale_log2 is in units of log2
+  float cap_log2, cap_slope;  // softcap: cap_log2 * tanh(score * ...), cap_slope = 2 * log2(e) * scale / cap
+};
+
+// Instances: launch_sm80_<dtype>_<head_dim>.cu.
+template <class T, int kHeadDim>
+const char* launch_mma(const MmaParams&, void* stream);
+
+}  // namespace nld
