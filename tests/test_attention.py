@@ -326,7 +326,7 @@ def test_kernels_check_values_in_debug_builds(index: int, change, message: str) 
         args, options = make(AttentionCase("x", MIXED), dtype)
         args[index] = change(args[index])
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.nld_emulated.block_attention(*args, **options)
+            emulated.Ops().block_attention(*args, **options)
 
 
 def test_kernels_check_the_plan_in_debug_builds() -> None:
@@ -335,14 +335,14 @@ def test_kernels_check_the_plan_in_debug_builds() -> None:
         args, options = make(AttentionCase("x", MIXED), dtype)
         plan = make_plan(args, {**options, "split_len": 1}, max_seq_len=1)
         with pytest.raises(RuntimeError, match="the plan was made for these arguments"):
-            torch.ops.nld_emulated.block_attention(*args, **options, plan=plan)
+            emulated.Ops().block_attention(*args, **options, plan=plan)
 
 
 def test_what_cuda_does_not_compute() -> None:
     args, options = make(AttentionCase("x", (Request(1, 2),), dim=513), torch.float32)
     emulated.configure()
     with pytest.raises(RuntimeError, match="head_dim of at most 512 on CUDA, got 513"):
-        torch.ops.nld_emulated.block_attention(*args, **options)
+        emulated.Ops().block_attention(*args, **options)
     check(ops.block_attention(*args, **options), args, options)  # the CPU has no bound
 
 

@@ -149,7 +149,7 @@ def check(batch: Batch) -> Parsed:
     plan = ops.attention_plan(*arguments, **options)
     assert_equal(plan, reference.attention_plan(*arguments, **options), "plan against reference")
     emulated.configure()
-    twin = torch.ops.nld_emulated.attention_plan(*arguments, **options)
+    twin = emulated.Ops().attention_plan(*arguments, **options)
     assert_equal(twin, plan, "emulated plan against the CPU's")
     parsed = parse(plan, batch)
     check_promises(parsed, batch)
@@ -189,7 +189,7 @@ def test_plans_agree(batch: Batch) -> None:
         plan = ops.attention_plan(*arguments, **options)
         assert_equal(plan, reference.attention_plan(*arguments, **options))
         emulated.configure()
-        assert_equal(torch.ops.nld_emulated.attention_plan(*arguments, **options), plan)
+        assert_equal(emulated.Ops().attention_plan(*arguments, **options), plan)
         parsed = parse(plan, batch)
         assert max(end for *_, end in parsed.items) == 4000
         assert all(split < 2 for _, split, *_ in parsed.items)
@@ -332,4 +332,4 @@ def test_the_kernel_checks_values_in_debug_builds(change: dict, message: str) ->
         call[name] = fn(call[name])
     emulated.configure()
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.nld_emulated.attention_plan(**call)
+        emulated.Ops().attention_plan(**call)

@@ -207,7 +207,9 @@ def attention_plan(
     total = sum(end for *_, end in tiles)
     least = 512 if tile_rows == 128 and 2 * total > 512 * max_cuts else 256
     share = -(-max(-(-total // max_cuts), least) // 64) * 64
-    tile_words, split_tiles, items = [], [], []
+    tile_words: list[list[int]] = []
+    split_tiles: list[int] = []
+    items: list[list[int]] = []
     num_slots = 0
     for t, (b, begin, rows, end) in enumerate(tiles):
         split_keys, splits = split_len, -(-end // split_len) if split_len > 0 else 0

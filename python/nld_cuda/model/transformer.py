@@ -60,6 +60,8 @@ class NLDModel:
         config: shapes and constants.
         device, dtype: of all weights, of the logits, and required of the cache.
         has_lora: whether a draft adapter is loaded.
+        plans_attention: whether a forward makes `ops.attention_plan` for all its layers. CUDA needs
+            one (each layer would make its own); the CPU takes its schedule from the lengths.
         embed: `[vocab, hidden]`; head: `[vocab, hidden]`, the same tensor where tied.
     """
 
@@ -77,6 +79,7 @@ class NLDModel:
         self.layers = tuple(layers)
         self.device, self.dtype = embed.device, embed.dtype
         self.has_lora = bool(self.layers) and all(layer.lora is not None for layer in self.layers)
+        self.plans_attention = self.device.type == "cuda"
         inv_freq, self._attention_scaling = rope_frequencies(config.rope)
         self._inv_freq = inv_freq.to(self.device)
 
@@ -196,6 +199,14 @@ class NLDModel:
         lse = x.new_empty(heads, total, dtype=torch.float32)
         gate_up = x.new_empty(total, 2 * inner)
         gate, up = gate_up.split(inner, dim=1)
+        plan = None
+        if self.plans_attention and self.layers:
+            page_size = cache.k_layers[0].shape[1]
+            plan = ops.attention_plan(
+                seq_lens, cu_seqlens_q, mask_mode, total_q=total, num_heads=heads,
+                num_kv_heads=kv_heads, max_seq_len=page_table.shape[1] * page_size,
+                block_len=block_len, block_phase=block_phase,
+            )  # fmt: skip
         for layer, k_cache, v_cache in zip(
             self.layers, cache.k_layers, cache.v_layers, strict=True
         ):
@@ -207,7 +218,8 @@ class NLDModel:
             )  # fmt: skip
             block_attention(
                 q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode,
-                block_len=block_len, block_phase=block_phase, out=attended_heads, lse=lse,
+                block_len=block_len, block_phase=block_phase, plan=plan, out=attended_heads,
+                lse=lse,
             )  # fmt: skip
             linear_add_(x, attended, layer.o)
             if use_lora and layer.lora is not None:
