@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -18,9 +18,38 @@ ISAS = ("baseline", "avx2", "avx512")
 class Backend:
     name: str
     device: str
+    order: str = "random"  # these three: of emulated kernels
+    landing: str = "late"
+    seed: int = 1
 
 
-def _backends() -> list[Backend]:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("emulated CUDA kernels")
+    group.addoption(
+        "--emulated",
+        choices=emulated.VARIANTS,
+        help="run the emulated test bodies only, with this variant of the library",
+    )
+    group.addoption(
+        "--emulated-sample",
+        type=int,
+        metavar="N",
+        help="with --emulated: at most N cases of each test, spread over its list",
+    )
+    group.addoption(
+        "--emulated-schedules",
+        action="store_true",
+        help="with --emulated: every order of threads x landing of copies",
+    )
+
+
+def _backends(config: pytest.Config) -> list[Backend]:
+    if config.getoption("--emulated-schedules"):
+        return [
+            Backend(f"emulated-{order}-{landing}", "cpu", order, landing, seed)
+            for seed, order in enumerate(emulated.ORDERS)
+            for landing in emulated.LANDINGS
+        ]
     isas = ISAS[: ISAS.index(_library.C.best_cpu_isa()) + 1]
     backends = [Backend(f"cpu-{isa}", "cpu") for isa in isas]
     backends.append(Backend("emulated", "cpu"))
@@ -29,17 +58,51 @@ def _backends() -> list[Backend]:
     return backends
 
 
-@pytest.fixture(params=_backends(), ids=lambda b: b.name)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        backends = _backends(metafunc.config)
+        metafunc.parametrize("backend", backends, ids=lambda b: b.name, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--emulated") is None:
+        return
+    chosen: dict[tuple, list[pytest.Item]] = {}
+    for item in items:
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        if isinstance(backend, Backend) and backend.name.startswith("emulated"):
+            chosen.setdefault((item.path, item.originalname, backend.name), []).append(item)
+    most = config.getoption("--emulated-sample")
+    kept = []
+    for group in chosen.values():
+        num = min(most or len(group), len(group))
+        kept += [group[(2 * i + 1) * len(group) // (2 * num)] for i in range(num)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     """Run a test body once per backend; what the backend needs is set up for its duration."""
     chosen: Backend = request.param
-    if chosen.name == "emulated":
-        emulated.configure()
-        monkeypatch.setattr(ops, "_nld", emulated.Ops())
+    if chosen.name.startswith("emulated"):
+        library = emulated.load(request.config.getoption("--emulated") or "plain")
+        library.configure(order=chosen.order, landing=chosen.landing, seed=chosen.seed)
+        monkeypatch.setattr(ops, "_nld", library.ops)
     elif chosen.device == "cpu":
         _library.C.set_cpu_isa(chosen.name.removeprefix("cpu-"))
     yield chosen
     _library.C.set_cpu_isa(_library.C.best_cpu_isa())
+
+
+@pytest.fixture
+def traffic(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Ops run as emulated kernels, their bytes counted: `with traffic(tensor) as t: ops.x(tensor)`
+    leaves `t.read_bytes` and `t.written_bytes`."""
+    library = emulated.load("checked")
+    library.configure()
+    monkeypatch.setattr(ops, "_nld", library.ops)
+    return library.traffic
 
 
 # Test inputs are small: on a busy machine threads would mostly wait for each other. Tests of

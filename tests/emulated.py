@@ -1,19 +1,27 @@
-"""Build and load libnld_emulated: the CUDA kernels, run and checked on the CPU."""
+"""Build and load libnld_emulated: the CUDA kernels, run and checked on the CPU.
+
+Three variants: "plain" is fast; "checked" reports data races and counts bytes; "asan" runs under
+AddressSanitizer and UBSan (the process must have been started with their libraries preloaded).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / f"emulator-{sys.implementation.cache_tag}-{torch.__version__}"
-ORDERS = ("forward", "reverse", "random")  # in which the threads of a CTA take turns
+VARIANTS = ("plain", "checked", "asan")
+ORDERS = ("forward", "reverse", "random")  # in which threads and CTAs take turns
 LANDINGS = ("eager", "late", "random")  # when asynchronous copies arrive
 
 
@@ -24,51 +32,133 @@ def tool(name: str) -> str:
     return found
 
 
+def cuda_headers() -> Path:
+    """Headers of the CUDA toolkit, or of the PyPI packages that the `test` extra names."""
+    folders = [
+        Path(os.environ[n]) / "include" for n in ("CUDA_HOME", "CUDA_PATH") if n in os.environ
+    ]
+    folders.append(Path("/usr/local/cuda/include"))
+    folders += [Path(p) / "nvidia" / "cu13" / "include" for p in sys.path]
+    for folder in folders:
+        if (folder / "cuda_bf16.h").is_file() and (folder / "crt" / "host_defines.h").is_file():
+            return folder
+    raise AssertionError(
+        "CUDA headers must be there to build the emulator: pip install nvidia-cuda-runtime "
+        "nvidia-cuda-crt nvidia-cuda-cccl"
+    )
+
+
 @functools.cache
 def make(target: str, *options: str) -> None:
     """Build a target of CMakeLists.txt in the emulator's own build folder."""
     configure = [
         tool("cmake"), "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja",
         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DTORCH_DIR={Path(torch.__file__).parent}",
+        f"-DNLD_CUDA_INCLUDE={cuda_headers()}",
         "-DNLD_EMULATOR=ON", "-DNLD_WITH_CUDA=OFF", "-DNLD_PYTHON_MODULE=OFF", *options,
     ]  # fmt: skip
+    compilers = {name: v for name, v in os.environ.items() if name != "LD_PRELOAD"}  # not under ASan
     for command in (configure, [tool("cmake"), "--build", str(BUILD), "--target", target]):
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=compilers)
         assert done.returncode == 0, f"{target} does not build:\n{done.stdout}{done.stderr}"
 
 
 @functools.cache
 def build(variant: str) -> Path:
-    """Return libnld_emulated of a variant: "plain", "checked" (races) or "asan"."""
+    """Return the library of a variant, built if anything has changed."""
     make(f"nld_emulated_{variant}")
     return BUILD / f"libnld_emulated_{variant}.so"
 
 
-@functools.cache
-def load(variant: str = "plain") -> ctypes.CDLL:
-    """Register `torch.ops.nld_emulated` and return the library."""
-    path = build(variant)
-    torch.ops.load_library(str(path))
-    library = ctypes.CDLL(str(path))
-    library.nld_emulator_set.argtypes = (
-        ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint,
-    )  # fmt: skip
-    library.nld_emulator_set_bug.argtypes = (ctypes.c_char_p,)
-    return library
-
-
-def configure(
-    order: str = "random", landing: str = "late", seed: int = 1, workers: int = 1
-) -> None:
-    """Choose the order of threads, the landing of copies and the seed of both for the next ops."""
-    load().nld_emulator_set(ORDERS.index(order), LANDINGS.index(landing), seed, workers)
-
-
 class Ops:
-    """`torch.ops.nld_emulated`; an op without CUDA kernels falls back to the CPU's."""
+    """`torch.ops.nld_emulated_<variant>`; an op without CUDA kernels falls back to the CPU's."""
+
+    def __init__(self, variant: str = "plain") -> None:
+        self.emulated = getattr(torch.ops, f"nld_emulated_{variant}")
 
     def __getattr__(self, name: str) -> object:
         try:
-            return getattr(torch.ops.nld_emulated, name)
+            return getattr(self.emulated, name)
         except AttributeError:
             return getattr(torch.ops.nld, name)
+
+
+class Library:
+    """One variant, loaded: its ops, its options."""
+
+    def __init__(self, variant: str) -> None:
+        path = build(variant)
+        torch.ops.load_library(str(path))
+        self.variant = variant
+        self.ops = Ops(variant)
+        self.c = ctypes.CDLL(str(path))
+        c = self.c
+        c.nld_emulator_set.argtypes = (
+            ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint,
+        )  # fmt: skip
+        c.nld_emulator_set_bug.argtypes = (ctypes.c_char_p,)
+        c.nld_emulator_track.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
+        c.nld_emulator_untrack.argtypes = (ctypes.c_int,)
+        c.nld_emulator_traffic.argtypes = (
+            ctypes.c_int, ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_uint64),
+        )  # fmt: skip
+
+    def configure(
+        self,
+        order: str = "random",
+        landing: str = "late",
+        seed: int = 1,
+        workers: int = 1,
+        max_resident: int = 1024,
+    ) -> None:
+        """Choose how the next ops run.
+
+        `order` and `seed`: who goes first; "forward" and "reverse" start at the seed-th CTA of the
+        grid. `max_resident`: threads whose CTAs take turns (0: one CTA or cluster after the other).
+        `workers`: OS threads; more than one is faster but not repeatable ("checked": always one).
+        """
+        self.c.nld_emulator_set(
+            ORDERS.index(order), LANDINGS.index(landing), seed, workers, max_resident
+        )
+
+    @contextlib.contextmanager
+    def bug(self, name: str) -> Iterator[None]:
+        """Switch on `NLD_BUG(name)` in the kernels."""
+        self.c.nld_emulator_set_bug(name.encode())
+        try:
+            yield
+        finally:
+            self.c.nld_emulator_set_bug(b"")
+
+    @contextlib.contextmanager
+    def traffic(self, tensor: torch.Tensor) -> Iterator[Traffic]:
+        """Count the bytes that kernels read and write between the tensor's first and last byte."""
+        assert self.variant == "checked", "only the checked variant sees every access"
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        span = (last + 1) * tensor.element_size() if tensor.numel() else 0
+        id = self.c.nld_emulator_track(tensor.data_ptr(), span)
+        result = Traffic()
+        try:
+            yield result
+        finally:
+            read, written = ctypes.c_uint64(), ctypes.c_uint64()
+            self.c.nld_emulator_traffic(id, ctypes.byref(read), ctypes.byref(written))
+            result.read_bytes, result.written_bytes = read.value, written.value
+            self.c.nld_emulator_untrack(id)
+
+
+class Traffic:
+    """Filled at the end of `with library.traffic(tensor) as t`. Every lane's access counts."""
+
+    read_bytes = -1
+    written_bytes = -1
+
+
+@functools.cache
+def load(variant: str = "plain") -> Library:
+    return Library(variant)
+
+
+def configure(**options: object) -> None:
+    """`Library.configure` of the plain variant."""
+    load().configure(**options)

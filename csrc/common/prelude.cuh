@@ -50,7 +50,11 @@
 #define NLD_DEVICE_CHECK(condition, text) static_cast<void>(0)
 #endif
 #else
-#define NLD_BUG(name) (::emu::bug_is_on(#name))
+#define NLD_BUG(name)                             \
+  ([]() -> bool {                                 \
+    static constinit ::emu::BugSwitch bug{#name}; \
+    return ::emu::bug_is_on(bug);                 \
+  }())
 #define NLD_DEVICE_CHECK(condition, text)                                                           \
   do {                                                                                              \
     if (!(condition)) ::emu::fail(#condition " must hold: " text, std::source_location::current()); \

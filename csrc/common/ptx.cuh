@@ -243,7 +243,7 @@ PTX_FN void barrier_arrive(int id, int num_threads PTX_LOC_) {
 // ------------------------------------------------------ Read-only for the whole kernel (.nc) and kept out of L1; `p`
 // is aligned to 16 bytes.
 template <class V>
-PTX_FN V load_once(const V* p) {
+PTX_FN V load_once(const V* p PTX_LOC_) {
   static_assert(sizeof(V) == 16);
 #if NLD_ON_DEVICE
   uint4 r;
@@ -254,7 +254,7 @@ PTX_FN V load_once(const V* p) {
   memcpy(&v, &r, sizeof v);
   return v;
 #else
-  return *p;
+  return __ldg(p, loc);
 #endif
 }
 // Marked as the first to leave the caches (.cs).
@@ -275,44 +275,44 @@ PTX_FN void store_streaming(V* p, const V& v) {
 // ------------------------------------------------------ A release makes what this thread wrote and observed before
 // visible to the thread whose acquire reads the value; for the writes of a whole CTA put __syncthreads before the
 // release and after the acquire.
-PTX_FN uint32_t atomic_add_acq_rel(uint32_t* p, uint32_t v) {
+PTX_FN uint32_t atomic_add_acq_rel(uint32_t* p, uint32_t v PTX_LOC_) {
 #if NLD_ON_DEVICE
   uint32_t old;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(gmem_u64(p)), "r"(v) : "memory");
   return old;
 #else
-  return ::emu::atomic_rmw32(p, v, 0);
+  return ::emu::atomic_rmw(p, v, ::emu::Rmw::Add, ::emu::Sem::AcqRel, loc);
 #endif
 }
-PTX_FN void red_add_release(uint32_t* p, uint32_t v) {
+PTX_FN void red_add_release(uint32_t* p, uint32_t v PTX_LOC_) {
 #if NLD_ON_DEVICE
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(gmem_u64(p)), "r"(v) : "memory");
 #else
-  ::emu::atomic_rmw32(p, v, 0);
+  ::emu::atomic_rmw(p, v, ::emu::Rmw::Add, ::emu::Sem::Release, loc);
 #endif
 }
-PTX_FN uint32_t load_acquire(const uint32_t* p) {
+PTX_FN uint32_t load_acquire(const uint32_t* p PTX_LOC_) {
 #if NLD_ON_DEVICE
   uint32_t v;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(gmem_u64(p)) : "memory");
   return v;
 #else
-  return ::emu::atomic_rmw32(const_cast<uint32_t*>(p), 0, 0);
+  return ::emu::atomic_load(p, ::emu::Sem::Acquire, loc);
 #endif
 }
-PTX_FN void store_release(uint32_t* p, uint32_t v) {
+PTX_FN void store_release(uint32_t* p, uint32_t v PTX_LOC_) {
 #if NLD_ON_DEVICE
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(gmem_u64(p)), "r"(v) : "memory");
 #else
-  ::emu::atomic_rmw32(p, v, 5);
+  ::emu::atomic_store(p, v, ::emu::Sem::Release, loc);
 #endif
 }
 // Orders this thread's earlier accesses before its later ones for all threads of the GPU (lighter than __threadfence).
-PTX_FN void fence_acq_rel() {
+PTX_FN void fence_acq_rel(PTX_LOC_ONLY_) {
 #if NLD_ON_DEVICE
   asm volatile("fence.acq_rel.gpu;" ::: "memory");
 #else
-  __threadfence();
+  ::emu::fence(loc);
 #endif
 }
 

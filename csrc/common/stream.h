@@ -13,10 +13,9 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, voi
 #pragma weak aoti_torch_get_current_cuda_stream
 #endif
 
-// The library whose ops a file defines, and the dispatch key of their CUDA implementations. libnld_emulated runs the
-// same code on CPU tensors, as torch.ops.nld_emulated.
+// The library whose ops a file defines, and the dispatch key of their CUDA implementations. libnld_emulated_<variant>
+// runs the same code on CPU tensors, as torch.ops.nld_emulated_<variant>: the build says which.
 #if NLD_EMULATED
-#define NLD_NAMESPACE nld_emulated
 #define NLD_CUDA_KEY CPU
 #else
 #define NLD_NAMESPACE nld

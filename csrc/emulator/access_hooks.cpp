@@ -1,29 +1,46 @@
-// tsan_hooks.cpp - receives the calls that g++ -fsanitize=thread puts before
-// every load and store of the kernels (compiled with the flag, linked WITHOUT
-// libtsan) and hands them to the shared-memory checker.  This file itself is
-// compiled without the flag.
+// Receives the calls that -fsanitize=thread puts before every load and store of the kernels. They are compiled with the
+// flag but linked without libtsan; this file is compiled without it.
 #include "emulator/internal.h"
 
 namespace {
-const bool on = (emu::race::enabled = true);
-inline void touch(emu::race::Kind k, void* p, size_t n, void* pc) {
-  if (emu::t_cur) emu::race::access(k, p, n, reinterpret_cast<uint64_t>(pc));
+using emu::race::Kind;
+
+const bool g_on = (emu::race::enabled = true);
+
+inline void touch(Kind kind, const void* p, size_t n, void* code) {
+  if (emu::t_cur) emu::race::access(kind, p, n, reinterpret_cast<uint64_t>(code));
+}
+
+// A volatile access to global memory is a relaxed atomic one; in shared memory it is an access like any other.
+inline void touch_volatile(bool is_write, const void* p, size_t n, void* code) {
+  emu::Thread* t = emu::self();
+  if (!t || emu::fiber::is_stack(p)) return;
+  const emu::Group& g = emu::group();
+  if (p >= g.arena && p < g.arena_end) return touch(is_write ? Kind::Write : Kind::Read, p, n, code);
+  touch(is_write ? Kind::AtomicWrite : Kind::AtomicRead, p, n, code);
+  if (is_write) {
+    emu::race::publish(t, p, false);
+  } else {
+    emu::race::collect(t, p, false);
+  }
 }
 }  // namespace
 
-#define PC __builtin_return_address(0)
-#define HOOKS(n)                                                                 \
-  void __tsan_read##n(void* p) { touch(emu::race::Read, p, n, PC); }             \
-  void __tsan_write##n(void* p) { touch(emu::race::Write, p, n, PC); }           \
-  void __tsan_unaligned_read##n(void* p) { touch(emu::race::Read, p, n, PC); }   \
-  void __tsan_unaligned_write##n(void* p) { touch(emu::race::Write, p, n, PC); } \
-  void __tsan_volatile_read##n(void* p) { touch(emu::race::Read, p, n, PC); }    \
-  void __tsan_volatile_write##n(void* p) { touch(emu::race::Write, p, n, PC); }
+#define CODE __builtin_return_address(0)
+#define HOOKS(n)                                                                         \
+  void __tsan_read##n(void* p) { touch(Kind::Read, p, n, CODE); }                        \
+  void __tsan_write##n(void* p) { touch(Kind::Write, p, n, CODE); }                      \
+  void __tsan_unaligned_read##n(void* p) { touch(Kind::Read, p, n, CODE); }              \
+  void __tsan_unaligned_write##n(void* p) { touch(Kind::Write, p, n, CODE); }            \
+  void __tsan_volatile_read##n(void* p) { touch_volatile(false, p, n, CODE); }           \
+  void __tsan_volatile_write##n(void* p) { touch_volatile(true, p, n, CODE); }           \
+  void __tsan_unaligned_volatile_read##n(void* p) { touch_volatile(false, p, n, CODE); } \
+  void __tsan_unaligned_volatile_write##n(void* p) { touch_volatile(true, p, n, CODE); }
 extern "C" {
 HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16) void __tsan_read_range(void* p, unsigned long n) {
-  touch(emu::race::Read, p, n, PC);
+  touch(Kind::Read, p, n, CODE);
 }
-void __tsan_write_range(void* p, unsigned long n) { touch(emu::race::Write, p, n, PC); }
+void __tsan_write_range(void* p, unsigned long n) { touch(Kind::Write, p, n, CODE); }
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 void __tsan_func_entry(void*) {}

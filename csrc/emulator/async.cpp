@@ -28,7 +28,10 @@ void cp_async(void* dst, const void* src, unsigned bytes, unsigned valid, Loc lo
   if (d < b->smem || d + bytes > b->smem + b->smem_bytes)
     fail("cp.async: destination outside the block's shared memory", loc);
   CopyOp c{dst, src, bytes, valid, pack_where(loc)};
-  if (race::enabled) race::access(race::AsyncIssue, dst, bytes, c.where);
+  if (race::enabled) {
+    race::access(race::Read, src, valid, c.where);
+    race::access(race::AsyncIssue, dst, bytes, c.where);
+  }
   const Async mode = options().async;
   const bool now = mode == Async::Eager || (mode == Async::Random && group().rng() % 2);
   if (now) {
@@ -145,9 +148,10 @@ void tma_load_2d(void* dst, const TensorMap2d* map, int col, int row, uint64_t* 
 
 // ---- clusters ------------------------------------------------------------------------------------
 void cluster_sync(Loc loc) {
-  barrier(group().cluster_bar, unsigned(group().threads.size()), "cluster_sync", true, loc);
+  Cluster& cluster = *cta().cluster;
+  barrier(cluster.barrier, unsigned(cluster.threads.size()), "cluster_sync", true, loc);
 }
 
-void* map_rank(void* p, unsigned rank) { return group().blocks.at(rank).smem + smem_addr(p); }
+void* map_rank(void* p, unsigned rank) { return cta().cluster->ctas.at(rank)->smem + smem_addr(p); }
 
 }  // namespace emu

@@ -1,6 +1,9 @@
-// internal.hpp - state shared by the emulator's own source files.
+// State shared by the emulator's own source files.
 #pragma once
+
 #include <deque>
+#include <map>
+#include <memory>
 #include <random>
 #include <unordered_map>
 #include <vector>
@@ -9,8 +12,18 @@
 
 namespace emu {
 
-using Clock = std::vector<uint32_t>;
+// ---- what a thread knows about the others (the checked library only; race.cpp)
+// ------------------------------------------- Epochs of the threads of a cluster, and of its copy engine last.
+using Epochs = std::vector<uint32_t>;
+// The same of several clusters. Never changed once made, so that whoever knows the same shares one copy.
+using Known = std::shared_ptr<const std::map<unsigned, Epochs>>;
+struct Clock {
+  Epochs own;     // of the own cluster
+  Known foreign;  // of others, as fences and atomics brought it here
+};
 
+// ---- asynchronous work
+// ------------------------------------------------------------------------------------------------
 struct CopyOp {
   void* dst;
   const void* src;
@@ -40,7 +53,9 @@ struct Thread : Fiber {
   std::vector<PendingAcc> accs;
   unsigned wg_open_group = 0;
 
-  Clock clock;               // check builds only
+  Clock clock;
+  Known fenced;              // what the last __threadfence() lets atomics publish
+  Known collected;           // what atomics have seen: known from the next __threadfence() on
   uint32_t proxy_fence = 0;  // own epoch at the last fence.proxy.async
 };
 
@@ -56,8 +71,11 @@ struct Barrier {
   unsigned expected = 0, arrived = 0;
   const char* op = "";
   Loc where{};
-  std::vector<Thread*> waiting, arrivers;
-  int count = 0, all = 1, any = 0, r_count = 0, r_all = 1, r_any = 0;
+  std::vector<Thread*> waiting;
+  Clock clock;  // of those that have arrived
+  struct Votes {
+    int count = 0, all = 1, any = 0;
+  } votes, result;
 };
 
 struct MBar {
@@ -90,32 +108,53 @@ struct WgOp {
   Thread* who[128];
 };
 
-struct Group {
-  std::vector<Block> blocks;
+// ---- the co-scheduled CTAs
+// ----------------------------------------------------------------------------------------------
+struct Cluster;
+
+struct Cta : Block {
+  Cluster* cluster = nullptr;
+  std::map<unsigned, Barrier> barriers;
+  std::vector<std::vector<Rendezvous>> warps, warpgroups;  // pending, by index
+  std::vector<std::vector<WgOp>> wgmma;                    // by warpgroup
+};
+
+struct Cluster {
+  unsigned index = 0;  // in the launch
+  std::vector<Cta*> ctas;
   std::vector<Thread*> threads;
+  Barrier barrier;
+};
+
+struct Group {  // some clusters whose threads take turns on one OS thread
+  std::vector<Cluster> clusters;
+  std::vector<Cta> ctas;
+  std::vector<Thread> threads;
   std::vector<Thread*> ready;
   size_t ready_head = 0;
   size_t live = 0;
   std::mt19937_64 rng;
-  std::vector<std::unordered_map<unsigned, Barrier>> bars;  // per block
-  Barrier cluster_bar;
-  std::vector<std::vector<Rendezvous>> warps, warpgroups;  // per group-wide index
-  std::vector<std::vector<WgOp>> wgmma;                    // per warpgroup
   std::unordered_map<uint64_t*, MBar> mbars;
   std::vector<TmaOp> tma;
   uint64_t idle_spins = 0;
-  unsigned char *arena = nullptr, *arena_end = nullptr;
+  unsigned char *arena = nullptr, *arena_end = nullptr;  // the shared memory of all CTAs
   std::string error;
   const char* kernel = "";
 };
 
 inline Thread* self() { return static_cast<Thread*>(t_cur); }
+inline Cta& cta() { return *static_cast<Cta*>(t_cur->block); }
 Group& group();
 
-// emulator.cpp: the scheduler
+// scheduler.cpp
 void make_ready(Thread*);
 void block_on(const char* what, Loc loc, unsigned mask = 0);  // until somebody calls make_ready
+void yield();                                                 // others first
+std::string place(Loc);
+
+// collectives.cpp
 void barrier(Barrier&, unsigned expected, const char* op, bool wait, Loc loc);
+void leave_barrier(Thread* exited);  // without strict_exit the others need not wait for it
 
 // async.cpp
 void run_tma(size_t i);       // lets copy i of the group's TMA queue land
@@ -123,23 +162,49 @@ void finish_copies(Thread*);  // an exiting thread's cp.async land
 // Swizzle<B,4,3> on byte addresses: xor bits 4.. with the bits three places up.
 inline uintptr_t swizzled(uintptr_t a, Swizzle s) { return a ^ ((a >> 3) & (((1u << unsigned(s)) - 1) << 4)); }
 
+// fiber.cpp
+namespace fiber {
+// Room for that many stacks on this OS thread; stacks handed out before are gone.
+void reserve(size_t count, size_t bytes);
+void prepare(Thread*, size_t stack_idx, void (*entry)());
+void switch_to(Thread* from, Thread* to);  // null: the OS thread's own stack
+void entered();                            // first call of a fiber's entry
+bool is_stack(const void*);
+}  // namespace fiber
+
+// ---- race.cpp: a no-op but in the checked library
+// ------------------------------------------------------------------------- A place in the sources: a packed Loc (top
+// bit set) or the return address of an access hook.
 inline uint64_t pack_where(Loc l) {
   return (1ull << 63) | (uint64_t(l.line() & 0x7fff) << 48) |
          (reinterpret_cast<uint64_t>(l.file_name()) & 0xffffffffffffull);
 }
 
-// race.cpp -----------------------------------------------------------------------
 namespace race {
-extern bool enabled;  // set by tsan_hooks.cpp when it is linked in
-enum Kind { Read, Write, AsyncIssue, AsyncDone, AsyncRead };
-void begin(Group&);
+extern bool enabled;  // set by access_hooks.cpp when it is linked in
+// AsyncIssue to AsyncDone: a copy is under way. AsyncRead: by wgmma. Constant: by ld.global.nc.
+enum Kind { Read, Write, AsyncIssue, AsyncDone, AsyncRead, Constant, AtomicRead, AtomicWrite };
+void begin_launch(const Config&, const char* kernel);
+void begin_group(Group&);
 void access(Kind, const void*, size_t, uint64_t where);
 void tma_write(const TmaOp&, const void*, size_t);  // by the copy engine
-void join(Thread* const* who, size_t n);            // barrier
+
+void join(Thread* const* who, size_t n);  // they met at a barrier
 void release(Thread*, Clock& into);
 void acquire(Thread*, const Clock& from);
 void merge(Clock& into, const Clock& from);
 void proxy_fence(Thread*);
-std::vector<std::string> take_reports();
+void fence(Thread*);                              // __threadfence
+void publish(Thread*, const void*, bool fenced);  // an atomic write: what was fenced, or with `fenced` all
+void collect(Thread*, const void*, bool fenced);  // an atomic read: known at the next fence, or with `fenced` at once
+std::vector<std::string> end_launch();            // the reports
 }  // namespace race
+
+// ---- traffic.cpp: bytes that kernels move in ranges of global memory (the checked library only)
+// -----------------------------
+namespace traffic {
+void count(bool is_write, const void*, size_t);
+std::string name(const void*);  // "range 3 + 16", or the address
+}  // namespace traffic
+
 }  // namespace emu

@@ -66,8 +66,7 @@ void wgmma_bf16(float* d, unsigned n, uint64_t da, uint64_t db, bool accumulate,
       "wgmma", &a,
       [](unsigned, void* const* args) {
         Thread* last = self();
-        const unsigned per = ((last->block->nthreads + 31) / 32 + 3) / 4;
-        auto& list = group().wgmma[last->block->rank * per + last->warp / 4];
+        auto& list = cta().wgmma[last->warp / 4];
         WgOp op{};
         auto* a0 = static_cast<WgArgs*>(args[0]);
         op.da = a0->da;
@@ -91,8 +90,7 @@ void wgmma_bf16(float* d, unsigned n, uint64_t da, uint64_t db, bool accumulate,
 void wgmma_commit() { ++self()->wg_open_group; }
 void wgmma_wait(unsigned pending, Loc) {
   Thread* me = self();
-  const unsigned per = ((me->block->nthreads + 31) / 32 + 3) / 4;
-  auto& list = group().wgmma[me->block->rank * per + me->warp / 4];
+  auto& list = cta().wgmma[me->warp / 4];
   const unsigned limit = me->wg_open_group > pending ? me->wg_open_group - pending : 0;
   for (auto& op : list)
     if (!op.ran && op.group < limit) run_wgmma(op);
