@@ -57,7 +57,9 @@ def make(target: str, *options: str) -> None:
         f"-DNLD_CUDA_INCLUDE={cuda_headers()}",
         "-DNLD_EMULATOR=ON", "-DNLD_WITH_CUDA=OFF", "-DNLD_PYTHON_MODULE=OFF", *options,
     ]  # fmt: skip
-    compilers = {name: v for name, v in os.environ.items() if name != "LD_PRELOAD"}  # not under ASan
+    compilers = {
+        name: v for name, v in os.environ.items() if name != "LD_PRELOAD"
+    }  # not under ASan
     for command in (configure, [tool("cmake"), "--build", str(BUILD), "--target", target]):
         done = subprocess.run(command, capture_output=True, text=True, env=compilers)
         assert done.returncode == 0, f"{target} does not build:\n{done.stdout}{done.stderr}"

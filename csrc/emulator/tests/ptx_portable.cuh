@@ -340,14 +340,18 @@ __global__ void ticket_kernel(int* parts, uint32_t* ticket, int* total) {
   NLD_DYNAMIC_SMEM(TicketSmem, sm);
   const unsigned last = gridDim.x - 1;
   parts[blockIdx.x * kTicketThreads + threadIdx.x] = static_cast<int>(blockIdx.x * 1000 + threadIdx.x);
-  if constexpr (kOrdering == Ordering::kFence) ptx::fence_acq_rel();
   __syncthreads();
-  if (threadIdx.x == 0) {
-    sm->ticket = kOrdering == Ordering::kFence ? atomicAdd(ticket, 1u) : ptx::atomic_add_acq_rel(ticket, 1);
+  if (threadIdx.x == 0) {  // both fences in the thread of the atomic: those of other threads would order nothing
+    if constexpr (kOrdering == Ordering::kFence) {
+      ptx::fence_acq_rel();
+      sm->ticket = atomicAdd(ticket, 1u);
+      ptx::fence_acq_rel();
+    } else {
+      sm->ticket = ptx::atomic_add_acq_rel(ticket, 1);
+    }
   }
   __syncthreads();
   if (sm->ticket == last) {
-    if constexpr (kOrdering == Ordering::kFence) ptx::fence_acq_rel();
     int sum = 0;
     for (unsigned cta = 0; cta <= last; ++cta) sum += parts[cta * kTicketThreads + threadIdx.x];
     total[threadIdx.x] = sum;
