@@ -26,6 +26,19 @@ inline void touch_volatile(bool is_write, const void* p, size_t n, void* code) {
 }
 }  // namespace
 
+// std::atomic and guards of static variables, in the host code beside the kernels: only performed.
+#define ATOMIC_HOOKS(bits, T)                                                                                       \
+  T __tsan_atomic##bits##_load(const volatile T* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }           \
+  void __tsan_atomic##bits##_store(volatile T* p, T v, int) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }           \
+  T __tsan_atomic##bits##_exchange(volatile T* p, T v, int) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); } \
+  T __tsan_atomic##bits##_fetch_add(volatile T* p, T v, int) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); } \
+  bool __tsan_atomic##bits##_compare_exchange_strong(volatile T* p, T* expected, T v, int, int) {                   \
+    return __atomic_compare_exchange_n(p, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                  \
+  }                                                                                                                 \
+  bool __tsan_atomic##bits##_compare_exchange_weak(volatile T* p, T* expected, T v, int, int) {                     \
+    return __atomic_compare_exchange_n(p, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                  \
+  }
+
 #define CODE __builtin_return_address(0)
 #define HOOKS(n)                                                                         \
   void __tsan_read##n(void* p) { touch(Kind::Read, p, n, CODE); }                        \
@@ -37,7 +50,9 @@ inline void touch_volatile(bool is_write, const void* p, size_t n, void* code) {
   void __tsan_unaligned_volatile_read##n(void* p) { touch_volatile(false, p, n, CODE); } \
   void __tsan_unaligned_volatile_write##n(void* p) { touch_volatile(true, p, n, CODE); }
 extern "C" {
-HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16) void __tsan_read_range(void* p, unsigned long n) {
+ATOMIC_HOOKS(8, uint8_t)
+ATOMIC_HOOKS(32, uint32_t) ATOMIC_HOOKS(64, uint64_t) HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8)
+    HOOKS(16) void __tsan_read_range(void* p, unsigned long n) {
   touch(Kind::Read, p, n, CODE);
 }
 void __tsan_write_range(void* p, unsigned long n) { touch(Kind::Write, p, n, CODE); }
