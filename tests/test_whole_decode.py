@@ -64,4 +64,6 @@ def test_equals_the_cpu(
     monkeypatch.setattr(ops, "attention_plan", count)
     actual = nld_cuda.generate(model, prompts(), mode, **options)
     assert actual.tokens == expected.tokens
-    assert planned == sum(actual.stats.batch_forwards.values()), "one plan a forward, for all its layers"
+    assert planned == sum(actual.stats.batch_forwards.values()), (
+        "one plan a forward, for all its layers"
+    )

@@ -31,7 +31,7 @@ __device__ __forceinline__ void load_keys(const AttentionCudaParams& p, const Kv
       const int32_t index = key / static_cast<int32_t>(p.page_size);
       const int32_t offset = key % static_cast<int32_t>(p.page_size);
       const int64_t page = table[NLD_BUG(simt_page) && offset == 0 && index > 0 ? index - 1 : index];
-      NLD_DEVICE_CHECK(page >= 0 && page < p.num_pages, "page_table holds pages of the cache where in use");
+      NLD_DEVICE_CHECK(page >= 0 && page < p.num_pages, "page indices in use lie in the cache");
       const T* x = static_cast<const T*>(pages.data) + page * pages.page_stride + offset * pages.token_stride +
                    kv_head * pages.head_stride;
       for (int dim = lane; dim < head_dim; dim += kWarpSize) to[i * pitch + dim] = to_float(x[dim]);
@@ -50,7 +50,7 @@ template <class T, int kDims>
 __global__ void __launch_bounds__(kSimtThreads) attention_simt_kernel(const __grid_constant__ AttentionCudaParams p) {
   NLD_DYNAMIC_SMEM(float, smem);
   const Plan plan = plan_view(p.plan, p.plan_shape.max_tiles);
-  NLD_DEVICE_CHECK(plan_fits(*plan.header, p.plan_shape), "the plan was made for these arguments");
+  NLD_DEVICE_CHECK(plan_fits(*plan.header, p.plan_shape), "the plan was made for these sizes");
   const int32_t item_index = static_cast<int32_t>(blockIdx.x), kv_head = static_cast<int32_t>(blockIdx.y);
   if (item_index >= plan.header->num_items) return;
   const PlanItem item = plan.items[item_index];
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kSimtThreads) attention_simt_kernel(const __gr
   float* const probabilities = kv + kSimtKeys * pitch + warp * kSimtWarpRows * kSimtKeys;
 
   const RequestMask mask = request_mask(p, tile.request);
-  NLD_DEVICE_CHECK(mask.seq_len >= 0 && mask.seq_len <= p.max_pages * p.page_size, "seq_lens fit the page table");
+  NLD_DEVICE_CHECK(tile.key_end <= p.max_pages * p.page_size, "seq_lens fit the page table");
   const int32_t heads_per_kv = p.plan_shape.heads_per_kv;
   const int32_t group_rows = min(kSimtRows, tile.num_rows - group_begin);
   const int32_t first_row = (tile.row_begin + group_begin) / heads_per_kv;

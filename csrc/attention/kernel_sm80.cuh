@@ -362,6 +362,7 @@ __global__ void __launch_bounds__(TileShape<kHeadDim, kTileRows>::kThreads, Tile
   for (int work = blockIdx.x; work < num_work; work += gridDim.x) {
     const PlanItem item = plan.items[work / num_kv_heads];
     const PlanTile tile = plan.tiles[item.tile];
+    NLD_DEVICE_CHECK(tile.key_end <= p.op.max_pages * p.op.page_size, "seq_lens fit the page table");
     ItemWorker<T, Shape>(p, sm, tile, item, work % num_kv_heads).run();
   }
 }
