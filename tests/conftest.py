@@ -21,6 +21,7 @@ class Backend:
     order: str = "random"  # these three: of emulated kernels
     landing: str = "late"
     seed: int = 1
+    id: str = ""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,7 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _backends(config: pytest.Config) -> list[Backend]:
     if config.getoption("--emulated-schedules"):
         return [
-            Backend(f"emulated-{order}-{landing}", "cpu", order, landing, seed)
+            Backend("emulated", "cpu", order, landing, seed, f"emulated-{order}-{landing}")
             for seed, order in enumerate(emulated.ORDERS)
             for landing in emulated.LANDINGS
         ]
@@ -61,7 +62,7 @@ def _backends(config: pytest.Config) -> list[Backend]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         backends = _backends(metafunc.config)
-        metafunc.parametrize("backend", backends, ids=lambda b: b.name, indirect=True)
+        metafunc.parametrize("backend", backends, ids=lambda b: b.id or b.name, indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -70,8 +71,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen: dict[tuple, list[pytest.Item]] = {}
     for item in items:
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-        if isinstance(backend, Backend) and backend.name.startswith("emulated"):
-            chosen.setdefault((item.path, item.originalname, backend.name), []).append(item)
+        if isinstance(backend, Backend) and backend.name == "emulated":
+            chosen.setdefault((item.path, item.originalname, backend.id), []).append(item)
     most = config.getoption("--emulated-sample")
     kept = []
     for group in chosen.values():
@@ -85,7 +86,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     """Run a test body once per backend; what the backend needs is set up for its duration."""
     chosen: Backend = request.param
-    if chosen.name.startswith("emulated"):
+    if chosen.name == "emulated":
         library = emulated.load(request.config.getoption("--emulated") or "plain")
         library.configure(order=chosen.order, landing=chosen.landing, seed=chosen.seed)
         monkeypatch.setattr(ops, "_nld", library.ops)

@@ -1,0 +1,167 @@
+"""Every NLD_BUG of the kernels, switched on: the tests must see it, each in the way written here.
+
+A row names the switch, a test body that passes without it, and what must become of that body:
+  NUMBERS   wrong results, in the plain library;
+  RACE      a report of the race checker (missing barriers and fences, reads of what nobody wrote);
+  DEADLOCK  threads that wait for each other, or meet at two different barriers;
+  CHECK     an NLD_DEVICE_CHECK.
+A race is reported whatever the schedule of the run was; in numbers it may not show.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import emulated
+import test_attention
+import test_attention_mma
+import test_attention_plan
+import test_kv_cache
+import test_sampler
+from cases import ATTENTION_CORRECT, CAUSAL, FULL, AttentionCase, Request
+from conftest import Backend
+from nld_cuda import ops
+
+CSRC = Path(__file__).parents[1] / "csrc"
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class How:
+    name: str
+    variant: str
+    error: type[Exception]
+    message: str
+
+
+NUMBERS = How("numbers", "plain", AssertionError, "")
+RACE = How(
+    "race", "checked", RuntimeError, r"(race: |never written|still in flight)(.|\n)*\.cuh:\d+"
+)
+DEADLOCK = How("deadlock", "plain", RuntimeError, "deadlock|divergent")
+CHECK = How("check", "plain", RuntimeError, "must hold: ")
+
+
+@dataclass(frozen=True)
+class Bug:
+    name: str
+    body: Callable[[Backend], None]
+    how: How
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.how.name}"
+
+
+def rope(b: Backend) -> None:
+    test_kv_cache.test_rope_append(test_kv_cache.CASES[1], F32, b)
+
+
+def compact(b: Backend) -> None:
+    test_kv_cache.test_compact(4, 3, "dense", b)
+
+
+def attention(b: Backend) -> None:
+    test_attention_mma.run(
+        AttentionCase("x", (Request(3, 203, CAUSAL), Request(20, 131, FULL)), dim=64), BF16, b
+    )
+
+
+def attention_in_splits(b: Backend) -> None:
+    test_attention.test_matches_reference(ATTENTION_CORRECT[1], F32, b)
+
+
+def plan(b: Backend) -> None:
+    test_attention_plan.test_plans_agree(test_attention_plan.BATCHES["split-1"])
+
+
+def commit(b: Backend) -> None:
+    test_sampler.test_against_reference(test_sampler.CASES[2], F32, b)
+
+
+def commit_in_slices(b: Backend) -> None:
+    test_sampler.test_against_reference(test_sampler.CASES[5], F32, b)
+
+
+def commit_with_tickets(b: Backend) -> None:
+    tickets = torch.zeros(5, dtype=torch.int32)
+    data = test_sampler.make(test_sampler.CASES[2]) | {"tickets": tickets}
+    test_sampler.run(ops.commit_, data)
+    assert not tickets.any(), "tickets must be zero again"
+
+
+def ties(b: Backend) -> None:
+    logits = torch.zeros(2, 20485)
+    logits[:, [5, 20000]] = 5.0
+    candidates = test_sampler.run(ops.commit_, test_sampler.small(logits))["candidates"]
+    assert candidates.tolist() == [5, 5]
+
+
+BUGS = [
+    Bug("rope_no_barrier", rope, RACE),
+    Bug("rope_lost_tail", rope, NUMBERS),
+    Bug("rope_wrong_half", rope, NUMBERS),
+    Bug("rope_wrong_page", test_kv_cache.test_append_follows_the_page_order, NUMBERS),
+    Bug("compact_no_barrier", compact, RACE),
+    Bug("compact_lost_tail", compact, NUMBERS),
+    Bug("compact_wrong_place", compact, NUMBERS),
+    Bug("attention_missing_barrier", attention, RACE),
+    Bug("attention_early_reuse", attention, RACE),
+    Bug("attention_wait_depth", attention, RACE),
+    Bug("attention_wait_depth", attention, NUMBERS),
+    Bug("attention_lost_tail", attention, NUMBERS),
+    Bug("attention_mask_edge", attention, NUMBERS),
+    Bug("attention_swapped_fragment", attention, NUMBERS),
+    Bug("attention_wrong_page", attention, NUMBERS),
+    Bug("simt_barrier", attention_in_splits, RACE),
+    Bug("simt_tail", attention_in_splits, NUMBERS),
+    Bug("simt_mask_edge", attention_in_splits, NUMBERS),
+    Bug("simt_page", attention_in_splits, NUMBERS),
+    Bug("combine_weight", attention_in_splits, NUMBERS),
+    Bug("plan_missing_barrier", plan, RACE),
+    Bug("commit_no_barrier", commit, RACE),
+    Bug("scan_lost_tail", commit, NUMBERS),
+    Bug("scan_merge_weight", commit_in_slices, NUMBERS),
+    Bug("scan_tie_to_higher_id", ties, NUMBERS),
+    Bug("ticket_no_barrier", commit_in_slices, RACE),
+    Bug("ticket_no_release", commit, RACE),
+    Bug("ticket_no_acquire", commit, RACE),
+    Bug("ticket_not_reset", commit_with_tickets, NUMBERS),
+]
+
+
+def run(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(20261121)
+    library = emulated.load(bug.how.variant)
+    library.configure()
+    monkeypatch.setattr(ops, "_nld", library.ops)
+    # Bodies that go to the library themselves get the variant too.
+    monkeypatch.setattr(emulated, "Ops", lambda: library.ops)
+    monkeypatch.setattr(emulated, "configure", library.configure)
+    bug.body(Backend("emulated", "cpu"))
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=str)
+def test_is_caught(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(bug, monkeypatch)  # without the bug there is nothing to catch
+    with (
+        emulated.load(bug.how.variant).bug(bug.name),
+        pytest.raises(bug.how.error, match=bug.how.message or None),
+    ):
+        run(bug, monkeypatch)
+
+
+def test_every_bug_has_a_row() -> None:
+    text = "".join(
+        path.read_text(encoding="utf-8")
+        for path in CSRC.rglob("*.cu*")
+        if path.name != "prelude.cuh" and "tests" not in path.parts
+    )
+    names = set(re.findall(r"\bNLD_BUG\((\w+)\)", text))
+    assert len(names) > 20
+    assert names == {bug.name for bug in BUGS}
