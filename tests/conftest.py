@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import emulated
+import pretend_cuda
 from nld_cuda import _library, ops
 
 ISAS = ("baseline", "avx2", "avx512")
@@ -25,6 +26,14 @@ class Backend:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        action="append",
+        default=[],
+        choices=("cpu", "emulated", "cuda", "rehearsal"),
+        help="run the op tests on this backend only (repeatable), and no other tests; rehearsal: "
+        "pretend that there is a GPU (see pretend_cuda.py)",
+    )
     group = parser.getgroup("emulated CUDA kernels")
     group.addoption(
         "--emulated",
@@ -56,7 +65,10 @@ def _backends(config: pytest.Config) -> list[Backend]:
     backends.append(Backend("emulated", "cpu"))
     if torch.cuda.is_available() and _library.C.cuda_archs():
         backends.append(Backend("cuda", "cuda"))
-    return backends
+    wanted = config.getoption("--backend")
+    if "rehearsal" in wanted:
+        backends.append(Backend("rehearsal", "cuda"))
+    return [b for b in backends if not wanted or b.name.split("-")[0] in wanted]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -66,6 +78,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if wanted := config.getoption("--backend"):
+        kept = [
+            item
+            for item in items
+            if "backend" in getattr(item, "fixturenames", ())
+            or ("cuda" in wanted and item.get_closest_marker("cuda"))
+        ]
+        config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+        items[:] = kept
     if config.getoption("--emulated") is None:
         return
     chosen: dict[tuple, list[pytest.Item]] = {}
@@ -90,6 +111,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         library = emulated.load(request.config.getoption("--emulated") or "plain")
         library.configure(order=chosen.order, landing=chosen.landing, seed=chosen.seed)
         monkeypatch.setattr(ops, "_nld", library.ops)
+    elif chosen.name == "rehearsal":
+        with pretend_cuda.rehearsal():
+            yield chosen
+        return
     elif chosen.device == "cpu":
         _library.C.set_cpu_isa(chosen.name.removeprefix("cpu-"))
     yield chosen
