@@ -20,7 +20,7 @@
 
 namespace nld::ptx {
 
-// ---- addresses and bits ----------------------------------------------------------------------------------------
+// ---- addresses and bits -------------------------------------------------------------------------------------------
 
 #if NLD_ON_DEVICE
 __device__ __forceinline__ uint32_t smem_u32(const void* p) {
@@ -68,7 +68,7 @@ PTX_FN float2 unpack(uint32_t bits) {
   }
 }
 
-// ---- approximate functions -------------------------------------------------------------------------------------
+// ---- approximate functions ----------------------------------------------------------------------------------------
 // The twins are exact and flush denormal inputs and results to zero as .ftz does; compare with tolerances.
 
 // 2^x, within 2 ulp. exp2(-inf) = 0, exp2(x < -126) = 0, exp2(x >= 128) = inf, NaN stays NaN.
@@ -102,7 +102,7 @@ PTX_FN float tanh_approx(float x) {
 #endif
 }
 
-// ---- cp.async: global to shared memory without registers ------------------------------------------------------------
+// ---- cp.async: global to shared memory without registers ----------------------------------------------------------
 // Copies kBytes (4, 8 or 16; both addresses aligned to that), of which the first `valid` come from src and the rest are
 // zero; with valid = 0 nothing is read, but src must still be aligned. 16 bytes bypass L1, 4 and 8 cannot. kPrefetch
 // (0, 64, 128 or 256 bytes) asks L2 to fetch the surrounding bytes too. The data may be read by this thread after
@@ -147,7 +147,7 @@ PTX_FN void cp_async_wait(PTX_LOC_ONLY_) {
 #endif
 }
 
-// ---- ldmatrix: 8x8 matrices of 16-bit elements from shared memory ---------------------------------------------------
+// ---- ldmatrix: 8x8 matrices of 16-bit elements from shared memory -------------------------------------------------
 // Lane l names row l % 8 (16 bytes, aligned) of matrix l / 8; lanes beyond the last matrix are ignored. Register m of
 // lane l gets elements (l / 4, l % 4 * 2 + {0, 1}) of matrix m; with kTrans of the transposed matrix.
 template <bool kTrans = false>
@@ -198,10 +198,10 @@ PTX_FN void ldmatrix_x1(uint32_t& r, const void* row PTX_LOC_) {
 #endif
 }
 
-// ---- mma.sync m16n8k16: d += a * b, T (bf16 or f16) inputs, f32 accumulator
-// ------------------------------------------- With g = lane / 4 and t = lane % 4 * 2, each register holding columns t,
-// t + 1 (of b: rows t, t + 1): a[0] (row g, k t), a[1] (g + 8, t), a[2] (g, t + 8), a[3] (g + 8, t + 8); b0 (k t,
-// column g), b1 (k t + 8, column g); d[0], d[1] (row g, columns t, t + 1), d[2], d[3] (row g + 8).
+// ---- mma.sync m16n8k16: d += a * b, T (bf16 or f16) inputs, f32 accumulator ---------------------------------------
+// With g = lane / 4 and t = lane % 4 * 2, each register holding columns t, t + 1 (of b: rows t, t + 1): a[0] (row g,
+// k t), a[1] (g + 8, t), a[2] (g, t + 8), a[3] (g + 8, t + 8); b0 (k t, column g), b1 (k t + 8, column g); d[0],
+// d[1] (row g, columns t, t + 1), d[2], d[3] (row g + 8).
 template <class T>
 PTX_FN void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1 PTX_LOC_) {
   static_assert(kIsHalf<T>);
@@ -222,8 +222,7 @@ PTX_FN void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
 #endif
 }
 
-// ---- named barriers (0 is __syncthreads): `num_threads` is a multiple of 32 and counts arrivals and waits
-// --------------
+// ---- named barriers (0 is __syncthreads): `num_threads` is a multiple of 32 and counts arrivals and waits ---------
 PTX_FN void barrier_sync(int id, int num_threads PTX_LOC_) {
 #if NLD_ON_DEVICE
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
@@ -239,9 +238,8 @@ PTX_FN void barrier_arrive(int id, int num_threads PTX_LOC_) {
 #endif
 }
 
-// ---- global memory, 16 bytes at a time, for data that is used once
-// ------------------------------------------------------ Read-only for the whole kernel (.nc) and kept out of L1; `p`
-// is aligned to 16 bytes.
+// ---- global memory, 16 bytes at a time, for data that is used once ------------------------------------------------
+// Read-only for the whole kernel (.nc) and kept out of L1; `p` is aligned to 16 bytes.
 template <class V>
 PTX_FN V load_once(const V* p PTX_LOC_) {
   static_assert(sizeof(V) == 16);
@@ -271,10 +269,9 @@ PTX_FN void store_streaming(V* p, const V& v) {
 #endif
 }
 
-// ---- synchronisation between CTAs through global memory (.gpu scope)
-// ------------------------------------------------------ A release makes what this thread wrote and observed before
-// visible to the thread whose acquire reads the value; for the writes of a whole CTA put __syncthreads before the
-// release and after the acquire.
+// ---- synchronisation between CTAs through global memory (.gpu scope) ----------------------------------------------
+// A release makes what this thread wrote and observed before visible to the thread whose acquire reads the value;
+// for the writes of a whole CTA put __syncthreads before the release and after the acquire.
 PTX_FN uint32_t atomic_add_acq_rel(uint32_t* p, uint32_t v PTX_LOC_) {
 #if NLD_ON_DEVICE
   uint32_t old;
@@ -316,10 +313,9 @@ PTX_FN void fence_acq_rel(PTX_LOC_ONLY_) {
 #endif
 }
 
-// ---- programmatic dependent launch (sm_90; nothing elsewhere)
-// --------------------------------------------------------------- Waits until the kernels this launch depends on have
-// finished and their writes are visible. Every read of what they wrote, and every write of what they read, comes after
-// it.
+// ---- programmatic dependent launch (sm_90; nothing elsewhere) -----------------------------------------------------
+// Waits until the kernels this launch depends on have finished and their writes are visible. Every read of what they
+// wrote, and every write of what they read, comes after it.
 PTX_FN void wait_for_previous_kernel() {
 #if NLD_ON_DEVICE && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -1,131 +1,307 @@
-// The PTX instructions that Hopper brought: mbarriers, TMA, wgmma.
+// The PTX instructions that came with sm_90: mbarriers with transaction counts, bulk and tensor copies (TMA), clusters.
+// They exist everywhere, so that one kernel compiles for all GPUs, and trap where the chip lacks them: guard the code
+// path with ptx::kHasSm90. wgmma is in ptx_wgmma.cuh.
 #pragma once
 
 #include "common/ptx.cuh"
 
-#if !NLD_ON_DEVICE || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if NLD_ON_DEVICE
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define NLD_ASM_SM90(...) asm volatile(__VA_ARGS__)
+#else
+#define NLD_ASM_SM90(...) __trap()
+#endif
+#endif
 
 namespace nld::ptx {
 
-#if NLD_ON_DEVICE
-struct alignas(64) TensorMap2d {
-  unsigned char opaque[128];
-};  // a CUtensorMap
+#if NLD_ON_DEVICE && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 900)
+inline constexpr bool kHasSm90 = false;
 #else
-using TensorMap2d = ::emu::TensorMap2d;
+inline constexpr bool kHasSm90 = true;
 #endif
 
-// ---- mbarrier --------------------------------------------------------------------------
+// ---- mbarrier: 8 bytes of shared memory that count arrivals and bytes ---------------------------------------------
+// A phase ends when `count` arrivals have come and all expected bytes have been copied. mbar_wait(bar, parity)
+// returns once the phase of that parity has ended: the first one is 0, then 1, 0 ... so a fresh barrier lets parity
+// 1 through at once.
+
+// By one thread; before others use it: mbar_init_fence() and a barrier of the CTA (or cluster).
 PTX_FN void mbar_init(uint64_t* bar, int count PTX_LOC_) {
 #if NLD_ON_DEVICE
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(smem_u32(bar)), "r"(count) : "memory");
+  NLD_ASM_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_u32(bar)), "r"(count) : "memory");
 #else
-  ::emu::mbar_init(bar, unsigned(count), loc);
+  ::emu::mbar_init(bar, static_cast<unsigned>(count), loc);
 #endif
 }
+// Makes initialised barriers visible to the copy engine and to the other CTAs of the cluster.
 PTX_FN void mbar_init_fence() {
 #if NLD_ON_DEVICE
-  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+  NLD_ASM_SM90("fence.mbarrier_init.release.cluster;" :: : "memory");
+#else
+  ::emu::mbar_init_fence();
+#endif
+}
+// Before the memory is used for something else.
+PTX_FN void mbar_inval(uint64_t* bar PTX_LOC_) {
+#if NLD_ON_DEVICE
+  NLD_ASM_SM90("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(smem_u32(bar)) : "memory");
+#else
+  ::emu::mbar_inval(bar, loc);
 #endif
 }
 PTX_FN void mbar_arrive(uint64_t* bar PTX_LOC_) {
 #if NLD_ON_DEVICE
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(smem_u32(bar)) : "memory");
+  NLD_ASM_SM90("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_u32(bar)) : "memory");
 #else
   ::emu::mbar_arrive(bar, 0, loc);
 #endif
 }
-PTX_FN void mbar_arrive_expect_tx(uint64_t* bar, int bytes PTX_LOC_) {
+// Announces bytes that copies will bring in this phase, and arrives.
+PTX_FN void mbar_arrive_expect_tx(uint64_t* bar, int num_bytes PTX_LOC_) {
 #if NLD_ON_DEVICE
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(smem_u32(bar)), "r"(bytes) : "memory");
+  NLD_ASM_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_u32(bar)),
+               "r"(num_bytes) : "memory");
 #else
-  ::emu::mbar_arrive(bar, unsigned(bytes), loc);
+  ::emu::mbar_arrive(bar, static_cast<unsigned>(num_bytes), loc);
 #endif
 }
+// Announces bytes without arriving; this thread or one ordered after it arrives later.
+PTX_FN void mbar_expect_tx(uint64_t* bar, int num_bytes PTX_LOC_) {
+#if NLD_ON_DEVICE
+  NLD_ASM_SM90("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(smem_u32(bar)),
+               "r"(num_bytes) : "memory");
+#else
+  ::emu::mbar_expect_tx(bar, static_cast<unsigned>(num_bytes), loc);
+#endif
+}
+// Arrives at the same barrier of CTA `rank` of the cluster, releasing what this thread wrote to the whole cluster. That
+// CTA waits with mbar_wait<kCluster>.
+PTX_FN void mbar_arrive_remote(uint64_t* bar, int rank PTX_LOC_) {
+#if NLD_ON_DEVICE
+  NLD_ASM_SM90(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_u32(bar)),
+      "r"(rank) : "memory");
+#else
+  ::emu::mbar_arrive(static_cast<uint64_t*>(::emu::map_rank(bar, static_cast<unsigned>(rank))), 0, loc);
+#endif
+}
+
+enum class Scope { kCta, kCluster };
+
+// Whether the phase of that parity has ended; may wait a little for it.
+template <Scope kScope = Scope::kCta>
+PTX_FN bool mbar_try_wait(uint64_t* bar, int parity PTX_LOC_) {
+#if NLD_ON_DEVICE
+  uint32_t done = 0;
+  if constexpr (kScope == Scope::kCta) {
+    NLD_ASM_SM90(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(
+            done) : "r"(smem_u32(bar)),
+        "r"(parity) : "memory");
+  } else {
+    NLD_ASM_SM90(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(smem_u32(bar)),
+        "r"(parity) : "memory");
+  }
+  return done != 0;
+#else
+  return ::emu::mbar_try_wait(bar, static_cast<unsigned>(parity), loc);
+#endif
+}
+template <Scope kScope = Scope::kCta>
 PTX_FN void mbar_wait(uint64_t* bar, int parity PTX_LOC_) {
 #if NLD_ON_DEVICE
-  asm volatile(
-      "{\n .reg .pred p;\n"
-      "WAIT_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      " @p bra DONE_%=;\n bra WAIT_%=;\n DONE_%=:\n}\n" ::"r"(smem_u32(bar)),
-      "r"(parity)
-      : "memory");
+  while (!mbar_try_wait<kScope>(bar, parity)) {
+  }
 #else
-  ::emu::mbar_wait(bar, unsigned(parity), loc);
+  ::emu::mbar_wait(bar, static_cast<unsigned>(parity), loc);
 #endif
 }
+
+// Between ordinary writes to shared memory and their use by the copy engine or by wgmma (the "async proxy").
 PTX_FN void fence_proxy_async() {
 #if NLD_ON_DEVICE
-  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+  NLD_ASM_SM90("fence.proxy.async.shared::cta;" :: : "memory");
 #else
   ::emu::fence_proxy_async();
 #endif
 }
 
-// ---- TMA ----------------------------------------------------------------------------------
-PTX_FN void tma_load_2d(void* dst, const TensorMap2d* map, int col, int row, uint64_t* bar PTX_LOC_) {
+// ---- bulk copies: issued by one thread, landing on an mbarrier ----------------------------------------------------
+
+// Contiguous bytes; both addresses and the size are multiples of 16.
+PTX_FN void bulk_load(void* dst, const void* src, int num_bytes, uint64_t* bar PTX_LOC_) {
 #if NLD_ON_DEVICE
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3}], [%4];\n" ::"r"(smem_u32(dst)),
-      "l"(map), "r"(col), "r"(row), "r"(smem_u32(bar))
-      : "memory");
+  NLD_ASM_SM90(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem_u32(dst)),
+      "l"(gmem_u64(src)), "r"(num_bytes), "r"(smem_u32(bar)) : "memory");
 #else
-  ::emu::tma_load_2d(dst, map, col, row, bar, loc);
+  ::emu::bulk_load(dst, src, static_cast<unsigned>(num_bytes), bar, loc);
 #endif
 }
 
-// ---- wgmma m64n64k16, bf16, both operands K-major in 128-byte swizzled shared memory ----------
-// Address, leading and stride offsets in 16-byte units; layout code 1 = 128-byte swizzle.
-PTX_FN uint64_t wgmma_desc_sw128(const void* tile) {
+// How 16-byte chunks of shared memory are shuffled: each row of 32, 64 or 128 bytes differently, so that a column of
+// chunks touches all banks. See layouts in csrc/emulator/tests/layouts.h.
+enum class Swizzle : int { kNone = 0, k32 = 32, k64 = 64, k128 = 128 };
+
+// Describes a tensor and the box that one copy brings; made on the host by common/tensor_map.h and passed to the kernel
+// as a __grid_constant__ parameter.
 #if NLD_ON_DEVICE
-  const uint64_t addr = smem_u32(tile);
+struct alignas(64) TensorMap {
+  unsigned char opaque[128];  // a CUtensorMap
+};
 #else
-  const uint64_t addr = ::emu::smem_addr(tile);
+using TensorMap = ::emu::TensorMap;
 #endif
-  return ((addr & 0x3ffff) >> 4) | (uint64_t(1) << 16) | (uint64_t(1024 >> 4) << 32) | (uint64_t(1) << 62);
-}
-PTX_FN void wgmma_fence() {
+
+PTX_FN void prefetch_tensor_map(const TensorMap* map) {
 #if NLD_ON_DEVICE
-  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
-#endif
-}
-PTX_FN void wgmma_commit() {
-#if NLD_ON_DEVICE
-  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+  NLD_ASM_SM90("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 #else
-  ::emu::wgmma_commit();
+  static_cast<void>(map);
 #endif
 }
-PTX_FN void wgmma_m64n64k16(float (&d)[32], uint64_t da, uint64_t db, int accumulate PTX_LOC_) {
+
+// Copies the box that starts at element at[0] of the innermost dimension, at[1] of the next ... Coordinates may be
+// negative or beyond the end: such elements become zero and count as bytes all the same. dst is aligned to 128 bytes,
+// with a swizzle of 128 bytes to 1024 (64: 512, 32: 256).
+template <int kRank>
+PTX_FN void tma_load(void* dst, const TensorMap* map, const int (&at)[kRank], uint64_t* bar PTX_LOC_) {
+  static_assert(kRank >= 1 && kRank <= 5);
 #if NLD_ON_DEVICE
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
-      "%32, %33, p, 1, 1, 0, 0;\n}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
-        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
-        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "l"(da), "l"(db), "r"(accumulate));
+#define NLD_TMA(dim) "cp.async.bulk.tensor." dim ".shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, "
+  const uint32_t to = smem_u32(dst), on = smem_u32(bar);
+  if constexpr (kRank == 1) {
+    NLD_ASM_SM90(NLD_TMA("1d") "{%3}], [%2];" ::"r"(to), "l"(map), "r"(on), "r"(at[0]) : "memory");
+  } else if constexpr (kRank == 2) {
+    NLD_ASM_SM90(NLD_TMA("2d") "{%3, %4}], [%2];" ::"r"(to), "l"(map), "r"(on), "r"(at[0]), "r"(at[1]) : "memory");
+  } else if constexpr (kRank == 3) {
+    NLD_ASM_SM90(NLD_TMA("3d") "{%3, %4, %5}], [%2];" ::"r"(to), "l"(map), "r"(on), "r"(at[0]), "r"(at[1]),
+                 "r"(at[2]) : "memory");
+  } else if constexpr (kRank == 4) {
+    NLD_ASM_SM90(NLD_TMA("4d") "{%3, %4, %5, %6}], [%2];" ::"r"(to), "l"(map), "r"(on), "r"(at[0]), "r"(at[1]),
+                 "r"(at[2]), "r"(at[3]) : "memory");
+  } else {
+    NLD_ASM_SM90(NLD_TMA("5d") "{%3, %4, %5, %6, %7}], [%2];" ::"r"(to), "l"(map), "r"(on), "r"(at[0]), "r"(at[1]),
+                 "r"(at[2]), "r"(at[3]), "r"(at[4]) : "memory");
+  }
+#undef NLD_TMA
 #else
-  ::emu::wgmma_bf16(d, 64, da, db, accumulate != 0, loc);
+  ::emu::tma_load(dst, map, at, kRank, bar, loc);
 #endif
 }
+
+// ---- clusters: CTAs that run together and see each other's shared memory ------------------------------------------
+// A launch without clusters has clusters of one CTA, on older GPUs too.
+
+PTX_FN int cluster_rank() {
 #if NLD_ON_DEVICE
-template <int N>
-PTX_FN void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(N) : "memory");
-}
+  uint32_t rank = 0;
+  if constexpr (kHasSm90) NLD_ASM_SM90("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
 #else
-template <int N>
-void wgmma_wait(EMU_LOC) {
-  ::emu::wgmma_wait(N, loc);
-}
+  return static_cast<int>(::emu::t_cur->block->rank);
 #endif
+}
+PTX_FN int cluster_size() {
+#if NLD_ON_DEVICE
+  uint32_t size = 1;
+  if constexpr (kHasSm90) NLD_ASM_SM90("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return static_cast<int>(size);
+#else
+  return static_cast<int>(::emu::cluster_size());
+#endif
+}
+// Every thread of the cluster arrives and then waits; in between it may do what needs no other CTA. What was written to
+// any shared memory before an arrive is visible after the wait. A CTA whose memory others read must not exit before the
+// last of them has arrived: end with cluster_sync().
+PTX_FN void cluster_arrive(PTX_LOC_ONLY_) {
+#if NLD_ON_DEVICE
+  NLD_ASM_SM90("barrier.cluster.arrive.release.aligned;" :: : "memory");
+#else
+  ::emu::cluster_arrive(loc);
+#endif
+}
+PTX_FN void cluster_wait(PTX_LOC_ONLY_) {
+#if NLD_ON_DEVICE
+  NLD_ASM_SM90("barrier.cluster.wait.acquire.aligned;" :: : "memory");
+#else
+  ::emu::cluster_wait(loc);
+#endif
+}
+PTX_FN void cluster_sync(PTX_LOC_ONLY_) {
+#if NLD_ON_DEVICE
+  if constexpr (kHasSm90) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
+#else
+  ::emu::cluster_arrive(loc);
+  ::emu::cluster_wait(loc);
+#endif
+}
+
+// The address of *p of CTA `rank`, good for ordinary loads, stores and atomics.
+template <class T>
+PTX_FN T* map_to_rank(T* p, int rank) {
+#if NLD_ON_DEVICE
+  if constexpr (kHasSm90) {
+    uint64_t there = 0;
+    NLD_ASM_SM90("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(p), "r"(rank));
+    return reinterpret_cast<T*>(there);
+  } else {
+    return p;
+  }
+#else
+  return static_cast<T*>(::emu::map_rank(p, static_cast<unsigned>(rank)));
+#endif
+}
+// The same in one instruction that knows the address to be shared.
+PTX_FN uint32_t load_from_rank(const uint32_t* p, int rank) {
+#if NLD_ON_DEVICE
+  uint32_t value = 0;
+  if constexpr (kHasSm90) {
+    NLD_ASM_SM90(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.u32 %0, [there];\n}" : "=r"(
+            value) : "r"(smem_u32(p)),
+        "r"(rank) : "memory");
+  } else {
+    value = *p;
+  }
+  return value;
+#else
+  return *static_cast<const uint32_t*>(::emu::map_rank(const_cast<uint32_t*>(p), static_cast<unsigned>(rank)));
+#endif
+}
+PTX_FN void store_to_rank(uint32_t* p, uint32_t value, int rank) {
+#if NLD_ON_DEVICE
+  if constexpr (kHasSm90) {
+    NLD_ASM_SM90(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %2;\nst.shared::cluster.u32 [there], %1;\n}" ::"r"(
+            smem_u32(p)),
+        "r"(value), "r"(rank) : "memory");
+  } else {
+    *p = value;
+  }
+#else
+  *static_cast<uint32_t*>(::emu::map_rank(p, static_cast<unsigned>(rank))) = value;
+#endif
+}
+
+// True in one lane of the full warp; the same lane every time, but do not rely on which.
+PTX_FN bool elect_one(PTX_LOC_ONLY_) {
+#if NLD_ON_DEVICE
+  uint32_t elected = 0;
+  NLD_ASM_SM90("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(elected)::"memory");
+  return elected != 0;
+#else
+  return host::elect_one(loc);
+#endif
+}
 
 }  // namespace nld::ptx
-
-#endif

@@ -99,11 +99,9 @@ void bar_sync(unsigned id, unsigned count, const char* op, Loc loc);
 void bar_arrive(unsigned id, unsigned count, Loc loc);
 enum class BarReduce { Count, And, Or };
 int bar_reduce(int value, BarReduce, const char* op, Loc loc);
-void cluster_sync(Loc loc);
 void spin_hint(Loc loc);  // a polling loop lets others run
 
-unsigned smem_addr(const void* p);       // 32-bit address in the shared window
-void* map_rank(void* p, unsigned rank);  // distributed shared memory
+unsigned smem_addr(const void* p);  // 32-bit address in the shared window
 
 struct ShflArgs {
   uint64_t in, out;
@@ -148,22 +146,42 @@ void cp_async_commit();
 void cp_async_wait(unsigned pending, Loc loc);
 
 void mbar_init(uint64_t* bar, unsigned count, Loc loc);
+void mbar_init_fence();
+void mbar_inval(uint64_t* bar, Loc loc);
 void mbar_arrive(uint64_t* bar, unsigned tx_bytes, Loc loc);
+void mbar_expect_tx(uint64_t* bar, unsigned tx_bytes, Loc loc);
+bool mbar_try_wait(uint64_t* bar, unsigned parity, Loc loc);
 void mbar_wait(uint64_t* bar, unsigned parity, Loc loc);
 void fence_proxy_async();
 
-enum class Swizzle : uint32_t { None = 0, B32 = 1, B64 = 2, B128 = 3 };
-struct TensorMap2d {  // host twin of a 2-d CUtensorMap
+struct TensorMap {  // host twin of a CUtensorMap; dimension 0 is the innermost and contiguous
   const void* base = nullptr;
-  uint32_t elem = 2, cols = 0, rows = 0;
-  uint64_t row_bytes = 0;
-  uint32_t box_cols = 0, box_rows = 0;
-  Swizzle swizzle = Swizzle::None;
+  int rank = 0;
+  unsigned elem_bytes = 0;
+  uint64_t dims[5] = {};
+  uint64_t stride_bytes[5] = {};  // [0]: elem_bytes
+  unsigned box[5] = {};
+  unsigned swizzle_bytes = 0;  // 0, 32, 64 or 128
 };
-void tma_load_2d(void* dst, const TensorMap2d* map, int col, int row, uint64_t* bar, Loc loc);
+void bulk_load(void* dst, const void* src, unsigned bytes, uint64_t* bar, Loc loc);
+void tma_load(void* dst, const TensorMap* map, const int* at, int rank, uint64_t* bar, Loc loc);
+
+// ---- clusters (cluster.cpp) -----------------------------------------------------------------------------------------
+unsigned cluster_size();
+void cluster_arrive(Loc loc);
+void cluster_wait(Loc loc);
+void* map_rank(void* p, unsigned rank);  // the same place in the shared memory of another CTA
 
 // ---- wgmma (wgmma.cpp) ----------------------------------------------------------------------------------------------
-void wgmma_bf16(float* d, unsigned n, uint64_t desc_a, uint64_t desc_b, bool accumulate, Loc loc);
+struct Wgmma {  // one m64nNk16
+  float* d;
+  unsigned n;
+  const uint32_t* a_registers;  // or null: `a` is a descriptor
+  uint64_t a, b;
+  bool trans_a, trans_b, is_bf16, accumulate;
+};
+void wgmma(const Wgmma&, Loc loc);
+void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(unsigned pending, Loc loc);
 

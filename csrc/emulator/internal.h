@@ -12,8 +12,8 @@
 
 namespace emu {
 
-// ---- what a thread knows about the others (the checked library only; race.cpp)
-// ------------------------------------------- Epochs of the threads of a cluster, and of its copy engine last.
+// ---- what a thread knows about the others (the checked library only; race.cpp) ------------------------------------
+// Epochs of the threads of a cluster, and of its copy engine last.
 using Epochs = std::vector<uint32_t>;
 // The same of several clusters. Never changed once made, so that whoever knows the same shares one copy.
 using Known = std::shared_ptr<const std::map<unsigned, Epochs>>;
@@ -22,8 +22,7 @@ struct Clock {
   Known foreign;  // of others, as fences and atomics brought it here
 };
 
-// ---- asynchronous work
-// ------------------------------------------------------------------------------------------------
+// ---- asynchronous work --------------------------------------------------------------------------------------------
 struct CopyOp {
   void* dst;
   const void* src;
@@ -31,7 +30,7 @@ struct CopyOp {
   uint64_t where;
 };
 
-struct PendingAcc {  // one accumulator tile owned by in-flight wgmmas
+struct Accumulator {  // of wgmmas under way: the kernel sees NaN until it has waited
   float* d;
   unsigned n;
   std::vector<float> value;
@@ -50,8 +49,13 @@ struct Thread : Fiber {
   std::vector<CopyOp> open_copies;
   std::deque<std::vector<CopyOp>> copy_groups;
 
-  std::vector<PendingAcc> accs;
-  unsigned wg_open_group = 0;
+  std::vector<uint64_t*> unfenced_mbars;  // initialised, not yet visible to the copy engine and other CTAs
+  bool cluster_arrived = false;           // at the cluster's barrier, and has not waited yet
+  unsigned cluster_phase = 0;             // of that barrier, the next to arrive in
+
+  std::vector<Accumulator> accumulators;
+  unsigned wgmma_group = 0;  // the open one
+  bool wgmma_fenced = false;
 
   Clock clock;
   Known fenced;              // what the last __threadfence() lets atomics publish
@@ -81,6 +85,8 @@ struct Barrier {
 struct MBar {
   unsigned count = 0, pending = 0, phase = 0;
   int64_t tx = 0;
+  bool fenced = false;
+  unsigned failed_polls = 0;
   struct Waiter {
     Thread* t;
     unsigned parity;
@@ -89,41 +95,46 @@ struct MBar {
   Clock next, done;
 };
 
-struct TmaOp {
+struct BulkOp {  // a copy that the engine has not made yet
   unsigned char* dst;
-  TensorMap2d map;
-  int col, row;
+  const void* src;  // contiguous `bytes`, or null: the box of `map` at `at`
+  TensorMap map;
+  int at[5];
+  size_t bytes;
   uint64_t* bar;
   Thread* issuer;
   Clock clock;
   uint64_t where;
 };
 
-struct WgOp {
-  uint64_t da, db;
-  bool accumulate, ran = false;
-  unsigned n, group;
-  Block* block;
-  float* d[128];
+struct WgmmaOp {
+  Wgmma call;
+  unsigned group;
   Thread* who[128];
+  float* d[128];
+  uint32_t a[128][4];
+  uint64_t where;
 };
 
-// ---- the co-scheduled CTAs
-// ----------------------------------------------------------------------------------------------
+// ---- the co-scheduled CTAs ----------------------------------------------------------------------------------------
 struct Cluster;
 
 struct Cta : Block {
   Cluster* cluster = nullptr;
   std::map<unsigned, Barrier> barriers;
   std::vector<std::vector<Rendezvous>> warps, warpgroups;  // pending, by index
-  std::vector<std::vector<WgOp>> wgmma;                    // by warpgroup
+  std::vector<std::deque<WgmmaOp>> wgmma;                  // by warpgroup
 };
 
 struct Cluster {
   unsigned index = 0;  // in the launch
   std::vector<Cta*> ctas;
   std::vector<Thread*> threads;
-  Barrier barrier;
+  struct {
+    unsigned arrived = 0, phase = 0;
+    std::vector<Thread*> waiting;
+    Clock next, done;
+  } barrier;
 };
 
 struct Group {  // some clusters whose threads take turns on one OS thread
@@ -135,7 +146,7 @@ struct Group {  // some clusters whose threads take turns on one OS thread
   size_t live = 0;
   std::mt19937_64 rng;
   std::unordered_map<uint64_t*, MBar> mbars;
-  std::vector<TmaOp> tma;
+  std::vector<BulkOp> bulk;
   uint64_t idle_spins = 0;
   unsigned char *arena = nullptr, *arena_end = nullptr;  // the shared memory of all CTAs
   std::string error;
@@ -157,10 +168,13 @@ void barrier(Barrier&, unsigned expected, const char* op, bool wait, Loc loc);
 void leave_barrier(Thread* exited);  // without strict_exit the others need not wait for it
 
 // async.cpp
-void run_tma(size_t i);       // lets copy i of the group's TMA queue land
+void land_bulk(size_t i);     // lets copy i of the group's engine land
 void finish_copies(Thread*);  // an exiting thread's cp.async land
-// Swizzle<B,4,3> on byte addresses: xor bits 4.. with the bits three places up.
-inline uintptr_t swizzled(uintptr_t a, Swizzle s) { return a ^ ((a >> 3) & (((1u << unsigned(s)) - 1) << 4)); }
+// The address bits 4.. xored with those three places up, as many as the span of the swizzle asks for.
+inline uintptr_t swizzled(uintptr_t address, unsigned span) {
+  const uintptr_t mask = span / 16 == 0 ? 0 : (span / 16 - 1) << 4;
+  return address ^ (address >> 3 & mask);
+}
 
 // fiber.cpp
 namespace fiber {
@@ -172,9 +186,8 @@ void entered();                            // first call of a fiber's entry
 bool is_stack(const void*);
 }  // namespace fiber
 
-// ---- race.cpp: a no-op but in the checked library
-// ------------------------------------------------------------------------- A place in the sources: a packed Loc (top
-// bit set) or the return address of an access hook.
+// ---- race.cpp: a no-op but in the checked library -----------------------------------------------------------------
+// A place in the sources: a packed Loc (top bit set) or the return address of an access hook.
 inline uint64_t pack_where(Loc l) {
   return (1ull << 63) | (uint64_t(l.line() & 0x7fff) << 48) |
          (reinterpret_cast<uint64_t>(l.file_name()) & 0xffffffffffffull);
@@ -187,7 +200,7 @@ enum Kind { Read, Write, AsyncIssue, AsyncDone, AsyncRead, Constant, AtomicRead,
 void begin_launch(const Config&, const char* kernel);
 void begin_group(Group&);
 void access(Kind, const void*, size_t, uint64_t where);
-void tma_write(const TmaOp&, const void*, size_t);  // by the copy engine
+void bulk_write(BulkOp&, const void*, size_t);  // by the copy engine
 
 void join(Thread* const* who, size_t n);  // they met at a barrier
 void release(Thread*, Clock& into);
@@ -200,8 +213,7 @@ void collect(Thread*, const void*, bool fenced);  // an atomic read: known at th
 std::vector<std::string> end_launch();            // the reports
 }  // namespace race
 
-// ---- traffic.cpp: bytes that kernels move in ranges of global memory (the checked library only)
-// -----------------------------
+// ---- traffic.cpp: bytes that kernels move in ranges of global memory (the checked library only) -------------------
 namespace traffic {
 void count(bool is_write, const void*, size_t);
 std::string name(const void*);  // "range 3 + 16", or the address

@@ -83,4 +83,27 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
       loc);
 }
 
+// The same lane every time, but not always the one that kernels hope for.
+bool elect_one(emu::Loc loc) {
+  emu::warp_collective(0xffffffffu, "elect.sync", nullptr, nullptr, loc);
+  const emu::Options& o = emu::options();
+  const unsigned lane = o.order == emu::Order::Forward   ? 0
+                        : o.order == emu::Order::Reverse ? 31
+                                                         : unsigned(o.seed % 32);
+  return emu::t_cur->lane == lane;
+}
+
+void set_registers(int count, emu::Loc loc) {
+  emu::warpgroup_collective(
+      "setmaxnreg", &count,
+      [](unsigned, void* const* p) {
+        for (int t = 1; t < 128; ++t) {
+          if (*static_cast<int*>(p[t]) != *static_cast<int*>(p[0])) {
+            emu::fail("setmaxnreg: the warps of a warpgroup ask for different numbers", emu::Loc::current());
+          }
+        }
+      },
+      loc);
+}
+
 }  // namespace nld::ptx::host

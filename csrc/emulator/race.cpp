@@ -284,10 +284,10 @@ void access(Kind kind, const void* p, size_t n, uint64_t where) {
   });
 }
 
-void tma_write(const TmaOp& op, const void* p, size_t n) {
+void bulk_write(BulkOp& op, const void* p, size_t n) {
   if (!enabled) return;
   const uint32_t engine = g_launch.per_cluster - 1;
-  auto& clock = const_cast<Clock&>(op.clock);
+  Clock& clock = op.clock;
   if (clock.own.size() <= engine) clock.own.resize(engine + 1, 0);
   clock.own[engine] = ++g_launch.engine_epoch;
   g_launch.shared.visit(reinterpret_cast<uintptr_t>(p), n, [&](Cell& c) {

@@ -19,7 +19,7 @@ thread_local const std::function<void()>* t_kernel = nullptr;
 
 Thread* pick() {
   Group& g = *t_group;
-  while (!g.tma.empty() && options().async == Async::Random && g.rng() % 8 == 0) run_tma(g.rng() % g.tma.size());
+  while (!g.bulk.empty() && options().async == Async::Random && g.rng() % 8 == 0) land_bulk(g.rng() % g.bulk.size());
   for (;;) {
     const size_t num_ready = g.ready.size() - g.ready_head;
     if (num_ready && options().order == Order::Random) {
@@ -36,8 +36,8 @@ Thread* pick() {
       }
       return t;
     }
-    if (g.tma.empty()) return nullptr;
-    run_tma(0);  // nothing else can move: data lands now
+    if (g.bulk.empty()) return nullptr;
+    land_bulk(0);  // nothing else can move: data lands now
   }
 }
 

@@ -2,6 +2,8 @@
 // nvcc builds it, and under the emulator when g++ does. Arguments of the emulated one: order, landing, seed.
 //   nvcc -std=c++20 -arch=sm_90a -Icsrc csrc/emulator/tests/ptx_device.cu -o ptx_device && ./ptx_device
 #include "emulator/tests/ptx_portable.cuh"
+#include "emulator/tests/ptx_sm90.cuh"
+#include "emulator/tests/ptx_wgmma.cuh"
 
 namespace nld::ptx_test {
 
@@ -19,6 +21,23 @@ const Cases kPortable = {
     {"ticket with fence.acq_rel", test_ticket<Ordering::kFence>},
     {"messages with st.release, ld.acquire, red.release", test_messages},
     {"programmatic dependent launch", test_dependent_launch},
+};
+
+const Cases kSm90 = {
+    {"mbarrier phases", test_mbar<false>},
+    {"mbarrier phases, polled", test_mbar<true>},
+    {"bulk copies and transaction counts", test_bulk},
+    {"tensor copies: ranks, edges, swizzles", test_tma},
+    {"clusters: barrier, shared memory of others, messages", test_cluster},
+    {"elect.sync", test_elect},
+};
+
+const Cases kSm90a = {
+    {"wgmma bf16: all n", test_wgmma_all_n<bf16>},
+    {"wgmma f16: all n", test_wgmma_all_n<f16>},
+    {"wgmma bf16: operand layouts", test_wgmma_swizzles<bf16>},
+    {"wgmma f16: operand layouts", test_wgmma_swizzles<f16>},
+    {"setmaxnreg", test_registers},
 };
 
 int run(const Cases& cases) {
@@ -51,7 +70,9 @@ int main(int argc, char** argv) {
   if (argc > 3) options.seed = static_cast<uint64_t>(std::atoll(argv[3]));
   options.workers = 1;
 #endif
-  const int num_failed = run(kPortable);
+  int num_failed = run(kPortable);
+  if (compute_capability() >= 90) num_failed += run(kSm90);
+  if (compute_capability() == 90) num_failed += run(kSm90a);
   std::printf("%d failed\n", num_failed);
   return num_failed != 0;
 }

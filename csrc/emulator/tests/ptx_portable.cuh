@@ -11,8 +11,7 @@
 
 namespace nld::ptx_test {
 
-// ---- packing
-// ------------------------------------------------------------------------------------------------------------
+// ---- packing ------------------------------------------------------------------------------------------------------
 
 // The value of 16 bits, from the definition of the formats.
 inline double decode_half(uint32_t bits, bool is_bf16) {
@@ -74,8 +73,7 @@ void test_pack() {
   }
 }
 
-// ---- approximate functions
-// ---------------------------------------------------------------------------------------------
+// ---- approximate functions ----------------------------------------------------------------------------------------
 
 __global__ void approx_kernel(const float* x, float* exp2, float* log2, float* tanh) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -115,8 +113,7 @@ inline void test_approx() {
   }
 }
 
-// ---- cp.async
-// -----------------------------------------------------------------------------------------------------------
+// ---- cp.async -----------------------------------------------------------------------------------------------------
 
 struct CopySmem {
   alignas(16) unsigned char bytes[3][64 * 16];
@@ -168,8 +165,7 @@ inline void test_cp_async_all() {
   test_cp_async<4, 256>();
 }
 
-// ---- ldmatrix
-// -----------------------------------------------------------------------------------------------------------
+// ---- ldmatrix -----------------------------------------------------------------------------------------------------
 
 struct LdmatrixSmem {
   alignas(16) uint16_t rows[64][8];
@@ -216,8 +212,7 @@ inline void test_ldmatrix_all() {
   test_ldmatrix<1, true>();
 }
 
-// ---- mma
-// ----------------------------------------------------------------------------------------------------------------
+// ---- mma ----------------------------------------------------------------------------------------------------------
 
 template <class T>
 __global__ void mma_kernel(const uint32_t* a, const uint32_t* b, float* d) {
@@ -266,8 +261,7 @@ void test_mma() {
     }
 }
 
-// ---- named barriers
-// -------------------------------------------------------------------------------------------------------
+// ---- named barriers -----------------------------------------------------------------------------------------------
 
 struct BarrierSmem {
   int value[64];
@@ -302,8 +296,7 @@ inline void test_barriers() {
   }
 }
 
-// ---- 16-byte accesses
-// -----------------------------------------------------------------------------------------------------
+// ---- 16-byte accesses ---------------------------------------------------------------------------------------------
 
 __global__ void stream_kernel(const Vec<f16, 8>* in, Vec<f16, 8>* out) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -325,8 +318,7 @@ inline void test_streaming() {
   }
 }
 
-// ---- CTAs that talk through global memory
-// -----------------------------------------------------------------------------------
+// ---- CTAs that talk through global memory -------------------------------------------------------------------------
 
 constexpr int kTicketThreads = 64;
 struct TicketSmem {
@@ -400,8 +392,7 @@ inline void test_messages() {
   for (int i = 0; i < 32; ++i) expect(out[i] == 2 * (100 + i), "thread %d: %d", i, out[i]);
 }
 
-// ---- programmatic dependent launch
-// --------------------------------------------------------------------------------------------
+// ---- programmatic dependent launch --------------------------------------------------------------------------------
 
 __global__ void early_kernel(int* data) {
   ptx::allow_next_kernel();
