@@ -140,8 +140,8 @@ def rehearsal() -> Iterator[Rehearsal]:
     make_tensor = torch.tensor
 
     def tensor(*args: Any, device: Any = None, **options: Any) -> Tensor:
-        made = make_tensor(*args, **options)  # torch.tensor itself asks for a driver
-        return made if device is None else made.to(device)
+        made = make_tensor(*args, **options, device="cpu")  # for another it asks for a driver
+        return made.to(torch.empty(0).device if device is None else device)
 
     with (
         mock.patch.object(torch, "tensor", tensor),
