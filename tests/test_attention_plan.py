@@ -174,6 +174,7 @@ BATCHES = {
     "decode": Batch((Request(1, 8192),), heads=32, kv_heads=8, num_sms=132),
     "prompt": Batch((Request(1500, 1500), Request(33, 1500)), heads=32, kv_heads=8, num_sms=8),
     "many": Batch(tuple(Request(i % 3, 50 * i % 977) for i in range(600)), num_sms=16),
+    "equals": Batch(tuple(Request(1, 40 + i % 3) for i in range(300)), num_sms=16),
     "split-1": Batch((Request(3, 300), Request(2, 9)), split_len=1),
     "block-causal": Batch(
         tuple(Request(70, 261, BLOCK_CAUSAL, 24, phase) for phase in (0, 5, -7)), num_sms=40

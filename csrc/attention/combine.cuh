@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kCombineThreads)
         const int64_t at = first + split * stride;
         const float m_split = p.partial_m[at], l_split = p.partial_l[at];
         if (l_split == 0.0f) continue;  // saw nothing; a NaN goes on
-        const float weight = NLD_BUG(combine_weight) ? 1.0f : partial_weight(m_split, m == -INFINITY ? 0.0f : m);
+        const float weight = NLD_BUG(combine_wrong_weight) ? 1.0f : partial_weight(m_split, m == -INFINITY ? 0.0f : m);
         l = __fmaf_rn(l_split, weight, l);
         if (dim < head_dim) {
           const auto o_split = *reinterpret_cast<const Vec<float, kVec>*>(p.partial_o + at * head_dim + dim);

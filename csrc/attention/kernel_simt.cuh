@@ -30,7 +30,7 @@ __device__ __forceinline__ void load_keys(const AttentionCudaParams& p, const Kv
     if (key < end) {
       const int32_t index = key / static_cast<int32_t>(p.page_size);
       const int32_t offset = key % static_cast<int32_t>(p.page_size);
-      const int64_t page = table[NLD_BUG(simt_page) && offset == 0 && index > 0 ? index - 1 : index];
+      const int64_t page = table[NLD_BUG(simt_wrong_page) && offset == 0 && index > 0 ? index - 1 : index];
       NLD_DEVICE_CHECK(page >= 0 && page < p.num_pages, "page indices in use lie in the cache");
       const T* x = static_cast<const T*>(pages.data) + page * pages.page_stride + offset * pages.token_stride +
                    kv_head * pages.head_stride;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kSimtThreads) attention_simt_kernel(const __gr
   const int32_t last_row = (tile.row_begin + group_begin + group_rows - 1) / heads_per_kv;
   const RowView last_view = row_view(mask, last_row);
   int32_t end = min(item.key_end, view_end(last_view));
-  if (NLD_BUG(simt_tail)) end = end / kSimtKeys * kSimtKeys;
+  if (NLD_BUG(simt_lost_tail)) end = end / kSimtKeys * kSimtKeys;
 
   RowView view[kSimtWarpRows];
   float m[kSimtWarpRows], l[kSimtWarpRows], o[kSimtWarpRows][kDims];  // l: this lane's share
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kSimtThreads) attention_simt_kernel(const __gr
 
   for (int32_t key0 = item.key_begin; key0 < end; key0 += kSimtKeys) {
     if (!tile_is_seen(mask, first_row, last_row + 1, last_view, key0, min(key0 + kSimtKeys, end))) continue;
-    if (!NLD_BUG(simt_barrier)) __syncthreads();  // the values before are used up
+    if (!NLD_BUG(simt_no_barrier)) __syncthreads();  // the values before are used up
     load_keys<T>(p, p.k, tile.request, kv_head, key0, end, kv);
     __syncthreads();
     const int32_t key = key0 + lane;

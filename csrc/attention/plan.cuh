@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kPlanThreads) attention_plan_kernel(const __gr
       }
       __syncthreads();
       if (warp == tid / kWarpSize && bucket >= 0 && rank == 0) sm->bucket_ends[bucket] += __popc(equals);
-      if (!NLD_BUG(plan_missing_barrier)) __syncthreads();
+      if (!NLD_BUG(plan_no_barrier)) __syncthreads();
     }
   }
   if (tid == 0) {
