@@ -77,7 +77,7 @@ def attention_in_splits(b: Backend) -> None:
 
 
 def plan(b: Backend) -> None:
-    test_attention_plan.test_plans_agree(test_attention_plan.BATCHES["split-1"])
+    test_attention_plan.test_plans_agree(test_attention_plan.BATCHES["equals"])
 
 
 def commit(b: Backend) -> None:
@@ -118,12 +118,13 @@ BUGS = [
     Bug("attention_mask_edge", attention, NUMBERS),
     Bug("attention_swapped_fragment", attention, NUMBERS),
     Bug("attention_wrong_page", attention, NUMBERS),
-    Bug("simt_barrier", attention_in_splits, RACE),
-    Bug("simt_tail", attention_in_splits, NUMBERS),
+    Bug("simt_no_barrier", attention_in_splits, RACE),
+    Bug("simt_lost_tail", attention_in_splits, NUMBERS),
     Bug("simt_mask_edge", attention_in_splits, NUMBERS),
-    Bug("simt_page", attention_in_splits, NUMBERS),
-    Bug("combine_weight", attention_in_splits, NUMBERS),
-    Bug("plan_missing_barrier", plan, RACE),
+    Bug("simt_wrong_page", attention_in_splits, NUMBERS),
+    Bug("combine_wrong_weight", attention_in_splits, NUMBERS),
+    Bug("plan_no_barrier", plan, RACE),
+    Bug("plan_no_barrier", plan, NUMBERS),
     Bug("commit_no_barrier", commit, RACE),
     Bug("scan_lost_tail", commit, NUMBERS),
     Bug("scan_merge_weight", commit_in_slices, NUMBERS),
