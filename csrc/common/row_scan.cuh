@@ -37,34 +37,28 @@ __device__ __forceinline__ float clean_logit(float x) { return fminf(fmaxf(x, -k
 // ---- what a thread holds of a row ----
 
 template <class T>
-struct PackedBits {  // two elements in a word
-  using Load = uint16_t;
-  static constexpr int kPerWord = 2;
-};
+struct PackedBits;
 template <>
 struct PackedBits<float> {
   using Load = uint32_t;
-  static constexpr int kPerWord = 1;
+  static constexpr uint32_t kNothing = 0xff800000u;  // -inf
 };
-template <class T>
-__device__ __forceinline__ uint32_t negative_infinity_bits();
 template <>
-__device__ __forceinline__ uint32_t negative_infinity_bits<float>() {
-  return 0xff800000u;
-}
+struct PackedBits<bf16> {  // two elements in a word
+  using Load = uint16_t;
+  static constexpr uint32_t kNothing = 0xff80ff80u;
+};
 template <>
-__device__ __forceinline__ uint32_t negative_infinity_bits<bf16>() {
-  return 0xff80u;
-}
-template <>
-__device__ __forceinline__ uint32_t negative_infinity_bits<f16>() {
-  return 0xfc00u;
-}
+struct PackedBits<f16> {
+  using Load = uint16_t;
+  static constexpr uint32_t kNothing = 0xfc00fc00u;
+};
 
 // 32 ids of a row, as they lie in memory: kNumVecs vectors of 16 bytes, a warp's vectors side by side.
 template <class T>
 struct RowSlice {
-  static constexpr int kPerWord = PackedBits<T>::kPerWord;
+  static constexpr int kPerWord = 4 / sizeof(T);
+  static constexpr uint32_t kNothing = PackedBits<T>::kNothing;
   static constexpr int kVec = 4 * kPerWord;  // ids of a 16-byte vector
   static constexpr int kNumVecs = kScanIds / kVec;
   static constexpr int kVecStride = kVec * kWarpSize;  // from one vector of a thread to its next
@@ -87,25 +81,19 @@ struct RowSlice {
     }
   }
 
-  // Reads the thread's share of slice `slice_idx`: whole vectors where the row is aligned, elements where it is not
-  // and at its end. Warps past the end read nothing.
+  // Reads the thread's share of slice `slice_idx`: 16 bytes at a time whatever the alignment of the row, all issued
+  // before the first is used. Elements that the row does not have are -inf. Warps past its end read nothing.
   __device__ __forceinline__ void load(const T* row, uint32_t slice_idx, uint32_t vocab) {
-    const uint32_t begin = slice_idx * kScanSliceLen + threadIdx.x / kWarpSize * kScanWarpIds;
-    first = begin + threadIdx.x % kWarpSize * kVec;
-    const bool aligned = reinterpret_cast<uintptr_t>(row) % 16 == 0;
-    if (aligned && begin + kScanWarpIds <= vocab) {
+    const int64_t begin = static_cast<int64_t>(slice_idx) * kScanSliceLen + threadIdx.x / kWarpSize * kScanWarpIds;
+    first = static_cast<uint32_t>(begin) + threadIdx.x % kWarpSize * kVec;
+    const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
+    const int64_t at = static_cast<int64_t>(first) - shift;  // where the vector lies that has element 0
+    if (shift == 0 && begin + kScanWarpIds <= vocab) {
 #pragma unroll
-      for (int k = 0; k < kNumVecs; ++k) load_vec(row, k);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kNumVecs; ++k) {
-        if (aligned && id(k * kVec) + kVec <= vocab) {
-          load_vec(row, k);
-        } else {
-          load_elements(row, k, vocab);
-        }
-      }
+      for (int k = 0; k < kNumVecs; ++k) load_vec(row + at + k * kVecStride, words + 4 * k);
+      return;
     }
+    load_clipped(row, at, vocab, shift);
   }
 
   // Bit i: element i is one of `ids` (any values, those outside the vocabulary are ignored). Warp-uniform cost: a warp
@@ -133,37 +121,112 @@ struct RowSlice {
     return 1u << (offset / kVecStride * kVec + in_lane);
   }
 
-  // The first 8 elements as floats; the others move up. Registers cannot be indexed, so a rolled loop over the elements
-  // shifts them.
-  __device__ __forceinline__ void take8(float (&values)[8]) {
+  // The first 8 elements as floats; then the elements move up by 8, so that after 4 calls all are in place again.
+  // (Registers cannot be indexed by the counter of a rolled loop.)
+  __device__ __forceinline__ void next8(float (&values)[8]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) values[i] = raw(i);
-    constexpr int kTaken = 8 / kPerWord;
+    constexpr int kMoved = 8 / kPerWord, kWords = kNumVecs * 4;
+    uint32_t taken[kMoved];
 #pragma unroll
-    for (int i = 0; i + kTaken < kNumVecs * 4; ++i) words[i] = words[i + kTaken];
+    for (int i = 0; i < kMoved; ++i) taken[i] = words[i];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = i + kMoved < kWords ? words[(i + kMoved) % kWords] : taken[i % kMoved];
+  }
+
+  // The logit of an id that the warp holds, in every lane.
+  __device__ __forceinline__ float logit_of(int64_t id) const {
+    const uint32_t mine = element_bit(static_cast<int>(id - warp_first()));
+    float logit = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kScanIds; ++i) logit = (mine >> i & 1) != 0 ? raw(i) : logit;
+    const int owner = __ffs(static_cast<int>(__ballot_sync(kFullMask, mine != 0))) - 1;
+    return clean_logit(__shfl_sync(kFullMask, logit, owner));
+  }
+  __device__ __forceinline__ bool warp_holds(int64_t id) const {
+    return id >= warp_first() && id < static_cast<int64_t>(warp_first()) + kScanWarpIds;
   }
 
  private:
-  __device__ __forceinline__ void load_vec(const T* row, int k) {
-    const uint4 vec = __ldg(reinterpret_cast<const uint4*>(row + id(k * kVec)));
-    words[4 * k] = vec.x;
-    words[4 * k + 1] = vec.y;
-    words[4 * k + 2] = vec.z;
-    words[4 * k + 3] = vec.w;
+  static __device__ __forceinline__ void load_vec(const T* from, uint32_t* to) {
+    const uint4 vec = __ldg(reinterpret_cast<const uint4*>(from));
+    to[0] = vec.x;
+    to[1] = vec.y;
+    to[2] = vec.z;
+    to[3] = vec.w;
   }
-  __device__ __forceinline__ void load_elements(const T* row, int k, uint32_t vocab) {
-    using Load = typename PackedBits<T>::Load;
-    const Load* bits = reinterpret_cast<const Load*>(row);
+  // The general case: vectors that the row has only a part of, and rows that do not begin at a multiple of 16 bytes.
+  __device__ __forceinline__ void load_clipped(const T* row, int64_t at, int64_t vocab, int shift) {
+    const bool is_last_lane = threadIdx.x % kWarpSize == kWarpSize - 1;
+    uint32_t beyond[4];    // the vector after the last one of the last lane
+    uint32_t partial = 0;  // bit k: of vector k the row has a part
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      uint32_t word = 0;
+    for (int k = 0; k <= kNumVecs; ++k) {
+      uint32_t* const to = k < kNumVecs ? words + 4 * k : beyond;
+      const int64_t begin = vec_at(at, k);
 #pragma unroll
-      for (int e = 0; e < kPerWord; ++e) {
-        const uint32_t at = id(k * kVec + w * kPerWord + e);
-        const uint32_t one = at < vocab && !NLD_BUG(scan_lost_tail) ? __ldg(bits + at) : negative_infinity_bits<T>();
-        word |= one << (16 * e);
+      for (int w = 0; w < 4; ++w) to[w] = kNothing;
+      if (k == kNumVecs && (shift == 0 || !is_last_lane)) continue;
+      if (begin >= 0 && begin + kVec <= vocab) {
+        load_vec(row + begin, to);
+      } else if (begin + kVec > 0 && begin < vocab) {
+        partial |= 1u << k;
       }
-      words[4 * k + w] = word;
+    }
+    const auto* const bits = reinterpret_cast<const typename PackedBits<T>::Load*>(row);
+    while (partial != 0) {  // rarely more than one in the whole row
+      const int k = __ffs(static_cast<int>(partial)) - 1;
+      partial &= partial - 1;
+      uint32_t vec[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        vec[w] = kNothing;
+#pragma unroll
+        for (int e = 0; e < kPerWord; ++e) {
+          const int64_t i = vec_at(at, k) + w * kPerWord + e;
+          if (i < 0 || i >= vocab || NLD_BUG(scan_lost_tail)) continue;
+          const uint32_t bit = __ldg(bits + i);
+          vec[w] = kPerWord == 1 ? bit : e == 0 ? (vec[w] & 0xffff0000u) | bit : (vec[w] & 0xffffu) | bit << 16;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i <= kNumVecs; ++i) {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          uint32_t& to = i < kNumVecs ? words[4 * (i % kNumVecs) + w] : beyond[w];
+          to = i == k ? vec[w] : to;
+        }
+      }
+    }
+    if (shift != 0) realign(beyond, shift);
+  }
+  static __device__ __forceinline__ int64_t vec_at(int64_t at, int k) {
+    return at + (k < kNumVecs ? k * kVecStride : (kNumVecs - 1) * kVecStride + kVec);
+  }
+
+  // The vectors were read `shift` elements too early; what is missing at their ends lies in the next lane.
+  __device__ __forceinline__ void realign(const uint32_t (&beyond)[4], int shift) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int words_off = shift / kPerWord;
+    const bool halves = kPerWord == 2 && shift % 2 != 0;
+#pragma unroll
+    for (int k = 0; k < kNumVecs; ++k) {
+      uint32_t both[8];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        both[w] = words[4 * k + w];
+        // Lane 31 is followed by lane 0 of the next vector.
+        const bool wraps = k + 1 < kNumVecs && lane == 0;
+        both[4 + w] = __shfl_sync(kFullMask, wraps ? words[4 * ((k + 1) % kNumVecs) + w] : both[w], lane + 1);
+        if (k + 1 == kNumVecs && lane == kWarpSize - 1) both[4 + w] = beyond[w];
+      }
+#pragma unroll
+      for (int by = 2; by > 0; by /= 2) {
+#pragma unroll
+        for (int w = 0; w + by < 8; ++w) both[w] = (words_off & by) != 0 ? both[w + by] : both[w];
+      }
+#pragma unroll
+      for (int w = 0; w < 4; ++w) words[4 * k + w] = halves ? both[w] >> 16 | both[w + 1] << 16 : both[w];
     }
   }
 };
@@ -261,11 +324,10 @@ __device__ __forceinline__ ExpSum merge(const ExpSum& a, const ExpSum& b) {
 
 // ---- argmax ----
 
-// A chosen id: what it was compared by, and its own logit. id -1: nothing above -inf to choose from.
+// A chosen id and what it was compared by. id -1: nothing above -inf to choose from.
 struct Choice {
   float value;
   int32_t id;
-  float logit;
 };
 __device__ __forceinline__ bool is_better(const Choice& a, const Choice& b) {
   const bool lower = NLD_BUG(scan_tie_to_higher_id) ? a.id > b.id : a.id < b.id;
@@ -276,8 +338,7 @@ template <int kWidth>
 __device__ __forceinline__ Choice best_lane(Choice mine) {
 #pragma unroll
   for (int step = kWidth / 2; step > 0; step /= 2) {
-    const Choice other = {__shfl_xor_sync(kFullMask, mine.value, step), __shfl_xor_sync(kFullMask, mine.id, step),
-                          __shfl_xor_sync(kFullMask, mine.logit, step)};
+    const Choice other = {__shfl_xor_sync(kFullMask, mine.value, step), __shfl_xor_sync(kFullMask, mine.id, step)};
     if (is_better(other, mine)) mine = other;
   }
   return mine;
@@ -313,23 +374,22 @@ __device__ __forceinline__ float gumbel_bound(uint32_t word) {
 constexpr float kMinGumbel = -3.14f;
 
 // The warp's largest value * scale + Gumbel noise among the elements whose bit in `left_out` is not set. `next8` hands
-// out the thread's elements, 8 at a time (RowSlice::take8). `floor`: the best is at least this, for example
+// out the thread's elements, 8 at a time (RowSlice::next8). `floor`: the best is at least this, for example
 // largest value * scale + kMinGumbel; -inf if nothing is known. Noise is worked out only where it could win: first for
-// groups of 4 ids by its own limit, then by a bound made from the random bits.
+// 8 ids of every lane by its own limit, then by a bound made from the random bits.
 template <class T, class Next8>
 __device__ __forceinline__ Choice warp_gumbel(const RowSlice<T>& slice, Next8 next8, float scale, const NoiseKey& key,
                                               uint32_t left_out, float floor) {
-  Choice best = {-kScanInf, -1, -kScanInf};
+  Choice best = {-kScanInf, -1};
   floor = fmaxf(floor, -kScanMaxFloat);  // values at -inf never win
 #pragma unroll 1
   for (int step = 0; step < kScanIds / 8; ++step) {
-    float logits[8], values[8];
-    next8(logits);
+    float values[8];
+    next8(values);
     float top = -kScanInf;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      logits[i] = clean_logit(logits[i]);
-      values[i] = fminf(mul_rn(logits[i], scale), kScanMaxFloat);
+      values[i] = fminf(mul_rn(fmaxf(values[i], -kScanInf), scale), kScanMaxFloat);
       top = fmaxf(top, values[i]);
     }
     if (!__any_sync(kFullMask, add_rn(top, kMaxGumbel) >= floor)) continue;
@@ -349,7 +409,7 @@ __device__ __forceinline__ Choice warp_gumbel(const RowSlice<T>& slice, Next8 ne
     for (int i = 0; i < 8; ++i) {
       const float noisy = add_rn(values[i], gumbel(words[i]));
       if (noisy > best.value && (left_out >> (8 * step + i) & 1) == 0) {
-        best = {noisy, static_cast<int32_t>(slice.id(8 * step + i)), logits[i]};
+        best = {noisy, static_cast<int32_t>(slice.id(8 * step + i))};
       }
     }
     floor = fmaxf(floor, warp_max(best.value));
@@ -361,15 +421,16 @@ __device__ __forceinline__ Choice warp_gumbel(const RowSlice<T>& slice, Next8 ne
 
 // Number of entries of the ascending `bounds` that are <= row, found by the whole CTA: one round of loads for up to
 // blockDim entries, two for its square. cu_seqlens: the request is this less 1, if that is in 0 .. batch - 1.
-__device__ __forceinline__ int64_t count_not_above(const int32_t* bounds, int64_t num_bounds, int64_t row) {
-  int64_t low = 0, count = num_bounds;  // bounds before `low` are <= row, those from low + count on are above
+__device__ __forceinline__ int32_t count_not_above(const int32_t* bounds, int32_t num_bounds, int32_t row) {
+  const int32_t threads = blockDim.x, thread = threadIdx.x;
+  int32_t low = 0, count = num_bounds;  // bounds before `low` are <= row, those from low + count on are above
   while (count > 0) {
-    const int64_t step = (count + blockDim.x - 1) / blockDim.x, at = low + threadIdx.x * step;
-    const int hits = __syncthreads_count(at < low + count && bounds[at] <= row);
+    const int32_t step = (count + threads - 1) / threads, at = thread * step;  // step * threads < count + threads
+    const int32_t hits = __syncthreads_count(at < count && bounds[low + at] <= row);
     if (hits == 0) break;
-    const int64_t end = low + count;
-    low += (hits - 1) * step + 1;
-    count = step - 1 < end - low ? step - 1 : end - low;
+    const int32_t known = (hits - 1) * step + 1;
+    low += known;
+    count = min(step - 1, count - known);
   }
   return low;
 }

@@ -25,6 +25,7 @@ namespace nld {
 struct alignas(32) SlicePart {
   ExpSum sums;
   Choice choice;  // of a held token: itself, in the slice that has it
+  float logit;    // of the choice
 };
 
 constexpr int kSharedRows = 256;  // longer requests keep their per-row figures in global memory
@@ -44,7 +45,6 @@ NLD_HD CommitWorkspace commit_workspace(const CommitParams& p) {
 
 struct CommitSmem {
   float best[kScanWarps];  // of each warp of the scan
-  Choice choice[kScanWarps];
   ExpSum sums[kScanWarps];
   int32_t is_last;
   int32_t num_committed[kScanWarps], num_remaining[kScanWarps], first_masked[kScanWarps], first_eos[kScanWarps];
@@ -63,8 +63,8 @@ __device__ __forceinline__ CommitRule rule_of(const CommitParams& p, int64_t req
 
 // Writes the part of a judged row's slice. All threads of the CTA call.
 template <class T, bool kDraws>
-__device__ __forceinline__ void scan_slice(const CommitParams& p, CommitSmem* sm, RowSlice<T>& slice, int64_t row,
-                                           int64_t request, bool is_held, SlicePart* part) {
+__device__ __forceinline__ void scan_slice(const CommitParams& p, CommitSmem* sm, RowSlice<T>& slice, int32_t row,
+                                           int32_t request, SlicePart* parts) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const auto raw = [&](int i) { return slice.raw(i); };
   const uint32_t banned =
@@ -74,50 +74,43 @@ __device__ __forceinline__ void scan_slice(const CommitParams& p, CommitSmem* sm
   const float allowed_top = warp_max(any_banned ? thread_max(raw, banned) : top);
   const ExpSum sums = warp_exp_sum(raw, warp_max(top));
 
-  float scale = 0.0f;
-  if constexpr (kDraws) scale = is_held ? 0.0f : inverse_temperature(p.temperature[request]);
-  Choice choice = {allowed_top, -1, allowed_top};
-  if (is_held) {  // only the token's own logit is asked for
-    const int64_t offset = p.block_tokens[row] - slice.warp_first();
-    const bool in_warp = offset >= 0 && offset < kScanWarpIds && p.block_tokens[row] < p.vocab;
-    choice.value = -kScanInf;
-    if (in_warp) {
-      const uint32_t mine = slice.element_bit(static_cast<int>(offset));
-      float logit = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kScanIds; ++i) logit = (mine >> i & 1) != 0 ? slice.raw(i) : logit;
-      const int owner = __ffs(__ballot_sync(kFullMask, mine != 0)) - 1;
-      choice = {0.0f, static_cast<int32_t>(p.block_tokens[row]), clean_logit(__shfl_sync(kFullMask, logit, owner))};
-    }
+  const bool is_held = !p.is_masked[row];
+  const float scale = kDraws && !is_held ? inverse_temperature(p.temperature[request]) : 0.0f;
+  Choice choice = {allowed_top, -1};  // which id it is is looked up by the best warp only
+  if (is_held) {                      // nothing to choose: the token's own logit is asked for
+    const int64_t token = p.block_tokens[row];
+    const bool here = slice.warp_holds(token) && token < p.vocab;
+    choice = here ? Choice{0.0f, static_cast<int32_t>(token)} : Choice{-kScanInf, -1};
   } else if (kDraws && scale > 0.0f) {
     const NoiseKey key = {static_cast<uint64_t>(p.seed[request]), static_cast<uint32_t>(p.positions[row]), p.purpose};
     const float floor = add_rn(fminf(mul_rn(allowed_top, scale), kScanMaxFloat), kMinGumbel);
-    RowSlice<T> rest = slice;
-    choice = warp_gumbel(slice, [&](float (&values)[8]) { rest.take8(values); }, scale, key, banned, floor);
+    choice = warp_gumbel(slice, [&](float (&values)[8]) { slice.next8(values); }, scale, key, banned, floor);
   }
   if (lane == 0) {
     sm->best[warp] = choice.value;
-    sm->choice[warp] = choice;
     sm->sums[warp] = sums;
   }
   if (!NLD_BUG(commit_no_barrier)) __syncthreads();
   if (warp != best_warp(sm->best)) return;  // whole warps; the caller's barrier comes next
-  choice = sm->choice[warp];
-  if (!is_held && !(kDraws && scale > 0.0f)) choice.id = warp_find(slice, raw, choice.value, banned);
+  float logit = choice.value;
+  if (is_held || (kDraws && scale > 0.0f)) {
+    if (choice.id >= 0) logit = slice.logit_of(choice.id);
+  } else {
+    choice.id = warp_find(slice, raw, choice.value, banned);
+  }
   const ExpSum total = merge_lanes<kScanWarps>(sm->sums[lane % kScanWarps]);
-  if (lane == 0) *part = {total, choice};
+  if (lane == 0) parts[blockIdx.x] = {total, choice, logit};
 }
 
 // ---- one request, by the last of its CTAs ----
 
 struct RequestRows {
-  int64_t begin, end;
+  int32_t begin, end;
 };
 // Kept inside the tensor whatever cu_seqlens says.
 __device__ __forceinline__ RequestRows request_rows(const CommitParams& p, int64_t request) {
-  const int64_t begin = p.cu_seqlens[request] > 0 ? p.cu_seqlens[request] : 0;
-  const int64_t end = p.cu_seqlens[request + 1] < p.rows ? p.cu_seqlens[request + 1] : p.rows;
-  return {begin, end > begin ? end : begin};
+  const int32_t begin = max(p.cu_seqlens[request], 0);
+  return {begin, max(begin, min(p.cu_seqlens[request + 1], static_cast<int32_t>(p.rows)))};
 }
 
 // For rows without a finite allowed value. 0 when every id is banned.
@@ -145,37 +138,46 @@ __device__ __forceinline__ SlicePart load_part(const SlicePart* part) {  // othe
 __device__ __forceinline__ void finish_rows(const CommitParams& p, const CommitWorkspace& ws, RequestRows rows,
                                             bool revises, float* confidence, float* entropy, bool* is_masked) {
   constexpr int kGroups = kScanThreads / kMergeLanes;
-  const int64_t num_slices = commit_num_slices(p.vocab);
+  const int32_t num_slices = static_cast<int32_t>(commit_num_slices(p.vocab));
   const int lane = threadIdx.x % kMergeLanes;
-  for (int64_t base = rows.begin; base < rows.end; base += kGroups) {  // whole warps, for the shuffles
-    const int64_t row = base + threadIdx.x / kMergeLanes;
+#pragma unroll 1
+  for (int32_t base = rows.begin; base < rows.end; base += kGroups) {  // whole warps, for the shuffles
+    const int32_t row = base + static_cast<int32_t>(threadIdx.x) / kMergeLanes;
     const bool in_request = row < rows.end;
     const bool masked = in_request && p.is_masked[row];
-    const bool is_held = in_request && !masked && revises && !row_is_fixed(p, row);
+    const bool is_judged = masked || (in_request && revises && !row_is_fixed(p, row));
     ExpSum sums = {-kScanInf, 0.0f, 0.0f};
-    Choice choice = {-kScanInf, -1, -kScanInf};
-    if (masked || is_held) {
-      for (int64_t i = lane; i < num_slices; i += kMergeLanes) {
-        const SlicePart part = load_part(ws.parts + row * num_slices + i);
+    Choice choice = {-kScanInf, -1};
+    float logit = 0.0f;
+    if (is_judged) {
+      const SlicePart* parts = ws.parts + static_cast<int64_t>(row) * num_slices;
+#pragma unroll 1
+      for (int32_t i = lane; i < num_slices; i += kMergeLanes) {
+        const SlicePart part = load_part(parts + i);
         sums = merge(sums, part.sums);
-        if (is_better(part.choice, choice)) choice = part.choice;
+        if (is_better(part.choice, choice)) {
+          choice = part.choice;
+          logit = part.logit;
+        }
       }
     }
+    const int32_t own_id = choice.id;
     sums = merge_lanes<kMergeLanes>(sums);
     choice = best_lane<kMergeLanes>(choice);
+    // The lane whose id it is has the logit, too (where there is none, the logit does not matter).
+    const unsigned holders = __ballot_sync(kFullMask, own_id == choice.id);
+    const int group = threadIdx.x % kWarpSize / kMergeLanes * kMergeLanes;
+    logit = __shfl_sync(kFullMask, logit, group + __ffs(holders >> group & ((1u << kMergeLanes) - 1)) - 1);
     if (!in_request || lane != 0) continue;
     const int64_t token = p.block_tokens[row];
-    float belief = 1.0f, own_entropy = kScanInf;
-    if (masked || is_held) {
-      belief = 0.0f;
-      if (choice.id >= 0 && sums.sum > 0.0f) {
-        belief = exp_shift(clamp_shift(choice.logit - sums.max)) / sums.sum;
-        own_entropy = fmaxf(exact_log(sums.sum) - sums.dot / sums.sum, 0.0f);
-      }
+    float belief = is_judged ? 0.0f : 1.0f, own_entropy = kScanInf;
+    if (is_judged && choice.id >= 0 && sums.sum > 0.0f) {
+      belief = exp_shift(clamp_shift(logit - sums.max)) / sums.sum;
+      own_entropy = fmaxf(exact_log(sums.sum) - sums.dot / sums.sum, 0.0f);
     }
     p.candidates[row] = !masked ? token : choice.id >= 0 ? choice.id : lowest_allowed(p);
     p.confidence[row] = belief;
-    const int64_t i = row - rows.begin;
+    const int32_t i = row - rows.begin;
     if (confidence != p.confidence + rows.begin) confidence[i] = belief;
     if (is_masked != p.is_masked + rows.begin) is_masked[i] = masked;
     entropy[i] = own_entropy;
@@ -184,7 +186,7 @@ __device__ __forceinline__ void finish_rows(const CommitParams& p, const CommitW
 
 template <class Rule>
 __device__ __forceinline__ void judge_rows(const RuleInput& in, bool* commits) {
-  for (int64_t i = threadIdx.x; i < in.num_rows; i += kScanThreads)
+  for (int32_t i = threadIdx.x; i < in.num_rows; i += kScanThreads)
     commits[i] = in.is_masked[i] && Rule::commits(in, i);
 }
 
@@ -201,20 +203,20 @@ __device__ __forceinline__ void judge_request(CommitRule rule, const RuleInput& 
     case CommitRule::kRevise:
       return judge_rows<ReviseRule>(in, commits);
   }
-  for (int64_t i = threadIdx.x; i < in.num_rows; i += kScanThreads) commits[i] = false;  // no such rule
+  for (int32_t i = threadIdx.x; i < in.num_rows; i += kScanThreads) commits[i] = false;  // no such rule
 }
 
-__device__ __forceinline__ bool is_eos(const CommitParams& p, int64_t request, int64_t token) {
+__device__ __forceinline__ bool is_eos(const CommitParams& p, int32_t request, int64_t token) {
   bool found = false;
-  for (int64_t i = 0; i < p.num_eos; ++i) found |= p.eos[request * p.num_eos + i] == token;
+  for (int64_t i = 0; i < p.num_eos; ++i) found |= p.eos[static_cast<int64_t>(request) * p.num_eos + i] == token;
   return found && token >= 0;
 }
 
 // Decides and writes what the request becomes. All threads of the CTA call.
-__device__ __forceinline__ void commit_request(const CommitParams& p, CommitSmem* sm, int64_t request) {
+__device__ __forceinline__ void commit_request(const CommitParams& p, CommitSmem* sm, int32_t request) {
   const CommitWorkspace ws = commit_workspace(p);
   const RequestRows rows = request_rows(p, request);
-  const int64_t num_rows = rows.end - rows.begin;
+  const int32_t num_rows = rows.end - rows.begin;
   const CommitRule rule = rule_of(p, request);
   const bool revises = rule == CommitRule::kRevise, in_smem = num_rows <= kSharedRows;
   float* const confidence = in_smem ? sm->confidence : p.confidence + rows.begin;
@@ -234,8 +236,8 @@ __device__ __forceinline__ void commit_request(const CommitParams& p, CommitSmem
 
   const float revise_threshold = p.revise_threshold != nullptr ? p.revise_threshold[request] : 0.0f;
   int32_t num_committed = 0, num_remaining = 0, first_masked = INT32_MAX, first_eos = INT32_MAX;
-  for (int64_t i = threadIdx.x; i < num_rows; i += kScanThreads) {
-    const int64_t row = rows.begin + i;
+  for (int32_t i = threadIdx.x; i < num_rows; i += kScanThreads) {
+    const int32_t row = rows.begin + i;
     const bool is_fixed = row_is_fixed(p, row);
     bool masked = is_masked[i];
     int64_t token = p.block_tokens[row];
@@ -248,8 +250,8 @@ __device__ __forceinline__ void commit_request(const CommitParams& p, CommitSmem
       p.is_masked[row] = masked = true;
     }
     num_remaining += masked;
-    if (masked && i < first_masked) first_masked = static_cast<int32_t>(i);
-    if (!masked && !is_fixed && i < first_eos && is_eos(p, request, token)) first_eos = static_cast<int32_t>(i);
+    if (masked && i < first_masked) first_masked = i;
+    if (!masked && !is_fixed && i < first_eos && is_eos(p, request, token)) first_eos = i;
   }
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   num_committed = __reduce_add_sync(kFullMask, num_committed);
@@ -273,7 +275,7 @@ __device__ __forceinline__ void commit_request(const CommitParams& p, CommitSmem
   // Everything right of the first EOS that no later step can move becomes that EOS.
   if (first_eos < first_masked) {
     const int64_t eos = p.block_tokens[rows.begin + first_eos];
-    for (int64_t i = first_eos + 1 + threadIdx.x; i < num_rows; i += kScanThreads) {
+    for (int32_t i = first_eos + 1 + static_cast<int32_t>(threadIdx.x); i < num_rows; i += kScanThreads) {
       p.block_tokens[rows.begin + i] = eos;
       if (p.is_masked[rows.begin + i]) p.is_masked[rows.begin + i] = false;
     }
@@ -286,43 +288,59 @@ __device__ __forceinline__ void commit_request(const CommitParams& p, CommitSmem
   }
 }
 
+__device__ __forceinline__ void finish_empty_requests(const CommitParams& p, int64_t request) {
+  if (request >= p.batch) return;
+  const RequestRows rows = request_rows(p, request);
+  if (rows.begin < rows.end) return;
+  p.num_committed[request] = p.num_remaining[request] = 0;
+  p.done[request] = true;
+}
+
+// The request that owns a row, -1 if there is none. All threads of the CTA call.
+__device__ __forceinline__ int32_t find_request(const CommitParams& p, int32_t row) {
+  const int32_t request = count_not_above(p.cu_seqlens, static_cast<int32_t>(p.batch) + 1, row) - 1;
+  return request < p.batch ? request : -1;
+}
+
+// Are all slices of all rows of the request done, with these `weight` ones?
+__device__ __forceinline__ bool arrive(const CommitParams& p, CommitSmem* sm, int32_t request, int32_t weight,
+                                       int32_t num_slices) {
+  const RequestRows rows = request_rows(p, request);
+  return arrive_last(p.tickets + request, weight, (rows.end - rows.begin) * num_slices, &sm->is_last);
+}
+
 // A row that is not judged stays so: nothing of it that its CTAs read is ever written. So only one of them arrives, for
 // all; the others leave at once.
 template <class T, bool kDraws>
-__global__ void __launch_bounds__(kScanThreads, kDraws ? 3 : 4) commit_kernel(const __grid_constant__ CommitParams p) {
+__global__ void __launch_bounds__(kScanThreads, kDraws ? (sizeof(T) == 4 ? 2 : 3) : 4)
+    commit_kernel(const __grid_constant__ CommitParams p) {
   NLD_DYNAMIC_SMEM(CommitSmem, sm);
-  const uint32_t num_slices = static_cast<uint32_t>(commit_num_slices(p.vocab));
-  const int64_t row = blockIdx.x / num_slices;
-  const uint32_t slice_idx = blockIdx.x % num_slices;
+  const int32_t num_slices = static_cast<int32_t>(commit_num_slices(p.vocab));
+  const int32_t row = static_cast<int32_t>(blockIdx.x) / num_slices, slice_idx = blockIdx.x % num_slices;
   if (row >= p.rows) {  // the CTAs after those of the rows: requests that have none
-    const int64_t request = (blockIdx.x - p.rows * num_slices) * kScanThreads + threadIdx.x;
-    if (request >= p.batch) return;
-    const RequestRows rows = request_rows(p, request);
-    if (rows.begin < rows.end) return;
-    p.num_committed[request] = p.num_remaining[request] = 0;
-    p.done[request] = true;
+    finish_empty_requests(p, (blockIdx.x - p.rows * num_slices) * kScanThreads + threadIdx.x);
     return;
   }
   // Masked rows are judged by any rule: their loads need not wait for the search of their request.
   const bool is_masked = p.is_masked[row] && row >= p.cu_seqlens[0] && row < p.cu_seqlens[p.batch];
-  RowSlice<T> slice;
-  const T* logits = static_cast<const T*>(p.logits) + row * p.logits_row_stride;
-  if (is_masked) slice.load(logits, slice_idx, static_cast<uint32_t>(p.vocab));
-  const int64_t request = count_not_above(p.cu_seqlens, p.batch + 1, row) - 1;
-  if (request < 0 || request >= p.batch) return;  // a row of nobody
-  const RequestRows rows = request_rows(p, request);
-  const bool is_held = !is_masked && rule_of(p, request) == CommitRule::kRevise && !row_is_fixed(p, row);
-  if (is_held) slice.load(logits, slice_idx, static_cast<uint32_t>(p.vocab));
-  const bool is_judged = is_masked || is_held;
-  if (!is_judged && slice_idx != 0) return;
-  if (is_judged) {
-    SlicePart* part = commit_workspace(p).parts + row * num_slices + slice_idx;
-    scan_slice<T, kDraws>(p, sm, slice, row, request, is_held, part);
+  int32_t request = -1;
+  bool is_last;
+  if (!is_masked) {
+    request = find_request(p, row);
+    if (request < 0) return;  // a row of nobody
   }
-  const int32_t expected = static_cast<int32_t>((rows.end - rows.begin) * num_slices);
-  if (arrive_last(p.tickets + request, is_judged ? 1 : num_slices, expected, &sm->is_last)) {
-    commit_request(p, sm, request);
+  if (is_masked || (rule_of(p, request) == CommitRule::kRevise && !row_is_fixed(p, row))) {
+    RowSlice<T> slice;
+    slice.load(static_cast<const T*>(p.logits) + row * p.logits_row_stride, slice_idx, static_cast<uint32_t>(p.vocab));
+    if (is_masked) request = find_request(p, row);
+    if (request < 0) return;  // cu_seqlens does not ascend
+    scan_slice<T, kDraws>(p, sm, slice, row, request, commit_workspace(p).parts);
+    is_last = arrive(p, sm, request, 1, num_slices);
+  } else {
+    if (slice_idx != 0) return;
+    is_last = arrive(p, sm, request, num_slices, num_slices);
   }
+  if (is_last) commit_request(p, sm, request);
 }
 
 // ---- noise ----
