@@ -88,6 +88,9 @@ def attention_mma_smem(name: str) -> int:
     return 6 * 64 * head_dim * 2 if tile_rows == 128 else 48 * KIB
 
 
+COMMIT_SMEM = 3 * KIB  # figures of 256 rows and of 8 warps
+
+
 RULES: list[Rule] = [
     # ---- kv_cache: latency-bound. The first kind has all loads of 4 items a thread in flight (for
     # long prompts); its registers buy that. Shared memory: cosines and sines of at most 256
@@ -140,4 +143,31 @@ RULES: list[Rule] = [
         instructions={"LDSM": 2 * 4, "HMMA": 4 * 4, CP_ASYNC_16: 8},
         dynamic_smem=attention_mma_smem,
     ),
+    # ---- commit: all loads of a thread's 32 ids in flight (the aligned and the general path each);
+    # 4 CTAs of a greedy scan, so that one block of 32 rows x 131072 is resident at once.
+    Rule(
+        r"commit_kernel<b?f16, 0>",
+        min_ctas={"all": 4},
+        instructions={LOAD_16: 2 * 4, "MUFU.EX2": 32},
+        dynamic_smem=lambda name: COMMIT_SMEM,
+    ),
+    Rule(
+        r"commit_kernel<float, 0>",
+        min_ctas={"all": 4},
+        instructions={LOAD_16: 2 * 8, "MUFU.EX2": 32},
+        dynamic_smem=lambda name: COMMIT_SMEM,
+    ),
+    Rule(
+        r"commit_kernel<b?f16, 1>",
+        min_ctas={"all": 3},
+        instructions={LOAD_16: 2 * 4, "MUFU.EX2": 32},
+        dynamic_smem=lambda name: COMMIT_SMEM,
+    ),
+    Rule(
+        r"commit_kernel<float, 1>",
+        min_ctas={"all": 2},
+        instructions={LOAD_16: 2 * 8, "MUFU.EX2": 32},
+        dynamic_smem=lambda name: COMMIT_SMEM,
+    ),
+    Rule(r"gumbel_noise_kernel", min_ctas={"all": 8, "sm_120": 6}),
 ]
