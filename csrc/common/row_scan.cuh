@@ -123,7 +123,7 @@ struct RowSlice {
 
   // The first 8 elements as floats; then the elements move up by 8, so that after 4 calls all are in place again.
   // (Registers cannot be indexed by the counter of a rolled loop.)
-  __device__ __forceinline__ void next8(float (&values)[8]) {
+  __device__ __forceinline__ void take8(float (&values)[8]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) values[i] = raw(i);
     constexpr int kMoved = 8 / kPerWord, kWords = kNumVecs * 4;
@@ -374,7 +374,7 @@ __device__ __forceinline__ float gumbel_bound(uint32_t word) {
 constexpr float kMinGumbel = -3.14f;
 
 // The warp's largest value * scale + Gumbel noise among the elements whose bit in `left_out` is not set. `next8` hands
-// out the thread's elements, 8 at a time (RowSlice::next8). `floor`: the best is at least this, for example
+// out the thread's elements, 8 at a time (RowSlice::take8). `floor`: the best is at least this, for example
 // largest value * scale + kMinGumbel; -inf if nothing is known. Noise is worked out only where it could win: first for
 // 8 ids of every lane by its own limit, then by a bound made from the random bits.
 template <class T, class Next8>

@@ -84,7 +84,7 @@ __device__ __forceinline__ void scan_slice(const CommitParams& p, CommitSmem* sm
   } else if (kDraws && scale > 0.0f) {
     const NoiseKey key = {static_cast<uint64_t>(p.seed[request]), static_cast<uint32_t>(p.positions[row]), p.purpose};
     const float floor = add_rn(fminf(mul_rn(allowed_top, scale), kScanMaxFloat), kMinGumbel);
-    choice = warp_gumbel(slice, [&](float (&values)[8]) { slice.next8(values); }, scale, key, banned, floor);
+    choice = warp_gumbel(slice, [&](float (&values)[8]) { slice.take8(values); }, scale, key, banned, floor);
   }
   if (lane == 0) {
     sm->best[warp] = choice.value;
