@@ -54,9 +54,10 @@ struct AttentionCudaParams : AttentionParams {
 // to no request. launch_attention_simt takes every dtype and head_dim up to kMaxSimtDim.
 typedef const char* AttentionLauncher(const AttentionCudaParams&, void* stream);
 AttentionLauncher launch_attention_simt, launch_attention_combine;
-// Tensor cores: bfloat16 and float16, and the head_dims that has_attention_mma knows.
+// Tensor cores: bfloat16 and float16 with head_dim 64, 96 or 128; rows of q, K and V that start at multiples of 16
+// bytes, as in every tensor torch allocates. Anything else is the other kernel's.
 AttentionLauncher launch_attention_mma;
-bool has_attention_mma(DType dtype, int64_t head_dim);
+bool attention_mma_takes(const AttentionParams&);
 const char* launch_attention_plan(const AttentionPlanParams&, void* stream);
 constexpr int64_t kMaxSimtDim = 512;
 int32_t device_sms();            // of the current device

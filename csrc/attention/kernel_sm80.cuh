@@ -22,36 +22,36 @@
 
 namespace nld {
 
-// One item of the plan (tile of packed rows, range of keys) for one kv head, worked through by one CTA.
+// One item of the plan (tile of packed rows, range of keys) for one kv head, worked through by one CTA. What is rarely
+// needed (the tile, the mask) is read again rather than held: registers are what limits the CTAs of an SM.
 template <class T, class Shape>
 class ItemWorker {
  public:
-  __device__ __forceinline__ ItemWorker(const MmaParams& p, typename Shape::Smem* sm, const PlanTile& tile,
-                                        const PlanItem& item, int kv_head)
+  __device__ __forceinline__ ItemWorker(const MmaParams& p, typename Shape::Smem* sm, int item, int kv_head)
       : p_(p),
         sm_(sm),
-        tile_(tile),
-        item_(item),
+        item_index_(item),
+        tile_index_(this->item().tile),
         kv_head_(kv_head),
-        mask_(request_mask(p.op, tile.request)),
-        first_q_(p.op.cu_seqlens_q[tile.request]),
+        key_end_(this->item().key_end),
         lane_(threadIdx.x % kWarpSize),
         warp_(threadIdx.x / kWarpSize),
         warp_row_(Shape::kSharesKeys ? 0 : warp_ * 16),
         warp_key_(Shape::kSharesKeys ? warp_ * Shape::kWarpKeys : 0) {}
 
   __device__ __forceinline__ void run() {
-    if (mask_.mode == MaskMode::kQuadratic) {
-      last_view_ = row_view(mask_, q_row(tile_.num_rows - 1));
-    }
-    const int32_t first_key = next_visible(item_.key_begin);
+    NLD_DEVICE_CHECK(tile().key_end <= p_.op.max_pages * p_.op.page_size, "seq_lens fit the page table");
+    const RequestMask mask = request_mask(p_.op, tile().request);
+    is_quadratic_ = mask.mode == MaskMode::kQuadratic;
+    hole_begin_ = is_quadratic_ ? row_view(mask, q_row(tile().num_rows - 1)).dense_end : key_end_;
+    const int32_t first_key = next_visible(item().key_begin);
     WarpRows<T, Shape> rows;
-    if (first_key < item_.key_end) work(first_key, rows);
+    if (first_key < key_end_) work(first_key, rows);
     rows.finish_sum();
     __syncthreads();  // the ring is free
     if constexpr (Shape::kSharesKeys) {
       merge_warps(rows);
-    } else if (tile_.num_splits > 1) {
+    } else if (tile().num_splits > 1) {
       store_partial(rows);
     } else {
       store(rows);
@@ -59,20 +59,31 @@ class ItemWorker {
   }
 
  private:
+  __device__ __forceinline__ Plan plan() const { return plan_view(p_.op.plan, p_.op.plan_shape.max_tiles); }
+  __device__ __forceinline__ const PlanItem& item() const { return plan().items[item_index_]; }
+  __device__ __forceinline__ const PlanTile& tile() const { return plan().tiles[tile_index_]; }
+
   // Query row of packed row `row` of the tile; rows past its end are copies of its last.
   __device__ __forceinline__ int32_t q_row(int row) const {
-    return static_cast<int32_t>(divide(tile_.row_begin + min(row, tile_.num_rows - 1), p_.heads_per_kv));
+    return static_cast<int32_t>(divide(tile().row_begin + min(row, tile().num_rows - 1), p_.heads_per_kv));
   }
 
   // The first tile from `key` on in which a row sees a key. Only groups leave holes: the plan has cut off the ends.
   __device__ __forceinline__ int32_t next_visible(int32_t key) const {
-    if (mask_.mode == MaskMode::kQuadratic) {
-      const int32_t row_begin = q_row(0), row_end = q_row(tile_.num_rows - 1) + 1;
-      while (key < item_.key_end && !tile_is_seen(mask_, row_begin, row_end, last_view_, key, key + kTileKeys)) {
+    if (key >= hole_begin_ && key < key_end_) {
+      const RequestMask mask = request_mask(p_.op, tile().request);
+      const int32_t first_row = q_row(0), last_row = q_row(tile().num_rows - 1);
+      const RowView last_view = row_view(mask, last_row);
+      while (key < key_end_ && !tile_is_seen(mask, first_row, last_row + 1, last_view, key, key + kTileKeys)) {
         key += kTileKeys;
       }
     }
     return key;
+  }
+
+  // What the warp's row lane % 16 sees.
+  __device__ __forceinline__ RowView view_of_lane() const {
+    return row_view(request_mask(p_.op, tile().request), q_row(warp_row_ + lane_ % 16));
   }
 
   __device__ __forceinline__ void team_sync() const {
@@ -92,94 +103,85 @@ class ItemWorker {
     for (int pass = 0; pass < 16 / kRowsPerPass; ++pass) {
       const int row = pass * kRowsPerPass + lane_ / Shape::kLanesPerRow, in_tile = warp_row_ + row;
       const uint16_t* source = static_cast<const uint16_t*>(p_.op.q);
-      if (in_tile < tile_.num_rows) {
+      if (in_tile < tile().num_rows) {
         const RowPlace at = place(in_tile);
         source += at.token * p_.op.q_token_stride + at.head * p_.op.q_head_stride;
       }
+      uint4* target = slots + Shape::at(warp_ * 16 + row, chunk);
 #pragma unroll
-      for (int i = 0; i < Shape::kChunksPerLane; ++i) {
-        const int c = chunk + i * Shape::kLanesPerRow;
-        uint4* target = slots + Shape::at(warp_ * 16 + row, c);
-        if (p_.q_aligned) {
-          ptx::cp_async(target, source + c * 8, in_tile < tile_.num_rows ? 16 : 0);
-        } else {
-          *target = in_tile < tile_.num_rows ? load_elements(source + c * 8) : make_uint4(0, 0, 0, 0);
-        }
+      for (int i = 0; i < Shape::kChunks; i += Shape::kSwizzled) {
+        ptx::cp_async(target + i, source + (chunk + i) * 8, in_tile < tile().num_rows ? 16 : 0);
       }
     }
   }
 
   __device__ __forceinline__ void work(int32_t first_key, WarpRows<T, Shape>& rows) {
     constexpr int kDepth = Shape::kDepth;
-    TileLoader<Shape> loader(p_, p_.op.page_table + tile_.request * p_.op.page_table_stride, kv_head_, item_.key_end);
-    int32_t load_key = first_key;  // the next tile to be copied
-    bool loading = false;
-    int write = 0, read = 0;  // slots of the ring
-    loader.look_up(load_key);
-    const auto copy_next = [&](auto is_v) {
-      if constexpr (!is_v.value) {
-        loading = load_key < item_.key_end;
-        loader.advance();
-        if (loading) load_key = next_visible(load_key + kTileKeys);
-        loader.look_up(load_key);
+    TileLoader<Shape> loader(p_, p_.op.page_table + tile().request * p_.op.page_table_stride, kv_head_, key_end_);
+    constexpr int kAhead = (kDepth + 1) / 2;
+    int32_t keys[kAhead];          // tiles under way, in order; from key_end_ on: none
+    int32_t next_key = first_key;  // the tile after those
+    loader.look_up(next_key);
+    const auto copy_next = [&](bool is_v, int slot) {
+      if (!is_v) {
+#pragma unroll
+        for (int i = 1; i < kAhead; ++i) keys[i - 1] = keys[i];
+        keys[kAhead - 1] = next_key;
+        if (next_key < key_end_) {
+          loader.advance();
+          next_key = next_visible(next_key + kTileKeys);
+          loader.look_up(next_key);
+        }
       }
-      if (loading) loader.template copy<is_v.value>(sm_->slots[write]);
+      if (keys[kAhead - 1] < key_end_) loader.copy(is_v, keys[kAhead - 1], sm_->slots[slot]);
       ptx::cp_async_commit();
-      write = write + 1 == Shape::kSlots ? 0 : write + 1;
     };
+    int slot = 0;  // of this step's tile
     // One group of copies per step, empty ones at the end: the group that a step needs is always the kDepth'th last.
     // One barrier per step does for two: all have waited, and all have read the slot that is filled next.
-    const auto begin_step = [&](auto copies_v) {
-      if (NLD_BUG(attention_early_reuse)) copy_next(copies_v);
+    const auto begin_step = [&](bool copies_v) {
+      const int free_slot = slot < Shape::kQSlots ? slot + kDepth : slot - Shape::kQSlots;
+      if (NLD_BUG(attention_early_reuse)) copy_next(copies_v, free_slot);
       if (NLD_BUG(attention_wait_depth)) {
         ptx::cp_async_wait<kDepth>();
       } else {
         ptx::cp_async_wait<kDepth - 1>();
       }
       team_sync();
-      if (!NLD_BUG(attention_early_reuse)) copy_next(copies_v);
+      if (!NLD_BUG(attention_early_reuse)) copy_next(copies_v, free_slot);
     };
-    const auto end_step = [&] { read = read + 1 == Shape::kSlots ? 0 : read + 1; };
+    const auto end_step = [&] { slot = slot + 1 == Shape::kSlots ? 0 : slot + 1; };
 
     copy_q(sm_->slots[kDepth]);
     ptx::cp_async_commit();
-#pragma unroll
-    for (int step = 0; step < kDepth; ++step) {
-      if (step % 2 == 0) {
-        copy_next(std::false_type());
-      } else {
-        copy_next(std::true_type());
-      }
-    }
+#pragma unroll 1
+    for (int step = 0; step < kDepth; ++step) copy_next(step % 2 != 0, step);
 
-    // Meanwhile: what this lane's rows see.
-    const RowView views[2] = {row_view(mask_, q_row(warp_row_ + lane_ / 4)),
-                              row_view(mask_, q_row(warp_row_ + lane_ / 4 + 8))};
-    // Ends grow with the row: the warp's first row has the lowest, its last one the highest.
-    const int32_t unmasked_end = min(item_.key_end, __shfl_sync(kFullMask, views[0].dense_end, 0));
-    int32_t warp_end = __shfl_sync(kFullMask, views[1].dense_end, kWarpSize - 1);
-    warp_end = mask_.mode == MaskMode::kQuadratic ? item_.key_end : min(item_.key_end, warp_end);
+    // Meanwhile: what the warp's rows see. Ends grow with the row, so its first row has the lowest and its last one the
+    // highest.
+    const int32_t dense_end = view_of_lane().dense_end;
+    const int32_t unmasked_end = min(key_end_, __shfl_sync(kFullMask, dense_end, 0));
+    const int32_t last_end = __shfl_sync(kFullMask, dense_end, 15);
+    const int32_t warp_end = is_quadratic_ ? key_end_ : min(key_end_, last_end);
 
     ptx::cp_async_wait<kDepth>();
     __syncwarp();
     rows.load_q(sm_->slots[kDepth], warp_ * 16, p_.q_signs);
 
-    const std::bool_constant<kDepth % 2 != 0> copies_v_at_k;
-    const std::bool_constant<kDepth % 2 == 0> copies_v_at_v;
-    const int32_t last_key = NLD_BUG(attention_lost_tail) ? item_.key_end - kTileKeys + 1 : item_.key_end;
-    for (int32_t key = first_key; key < last_key; key = next_visible(key + kTileKeys)) {
-      const int32_t my_key = key + warp_key_;
-      begin_step(copies_v_at_k);
+    const int32_t last_key = NLD_BUG(attention_lost_tail) ? key_end_ - kTileKeys + 1 : key_end_;
+    while (keys[0] < last_key) {
+      const int32_t my_key = keys[0] + warp_key_;
+      begin_step(kDepth % 2 != 0);
       if (my_key < warp_end) {
         float s[Shape::kWarpKeys / 8][4] = {};
-        rows.multiply_k(sm_->slots[read], warp_key_, s);
+        rows.multiply_k(sm_->slots[slot], warp_key_, s);
         if (p_.op.softcap > 0.0f) cap_scores(s);
-        if (my_key + Shape::kWarpKeys > unmasked_end) hide_keys(s, views, my_key);
+        if (my_key + Shape::kWarpKeys > unmasked_end) hide_keys(s, dense_end, my_key);
         rows.softmax(s, p_.scale_log2);
       }
       end_step();
-      begin_step(copies_v_at_v);
-      if (my_key < warp_end) rows.multiply_v(sm_->slots[read], warp_key_);
+      begin_step(kDepth % 2 == 0);
+      if (my_key < warp_end) rows.multiply_v(sm_->slots[slot], warp_key_);
       end_step();
     }
   }
@@ -195,23 +197,15 @@ class ItemWorker {
     }
   }
 
-  // On edge tiles: scores of keys that a row does not see become -inf. A row's 64 keys are one word of bits, so that
-  // all mask modes cost one test per element.
-  __device__ __forceinline__ void hide_keys(float (&s)[Shape::kWarpKeys / 8][4], const RowView (&views)[2],
-                                            int32_t key) const {
-    uint64_t heads = 0;
-    if (mask_.mode == MaskMode::kQuadratic) {
-      heads = __ballot_sync(kFullMask, is_group_head(mask_, key + lane_));
-      if constexpr (Shape::kWarpKeys > kWarpSize) {
-        heads |= static_cast<uint64_t>(__ballot_sync(kFullMask, is_group_head(mask_, key + kWarpSize + lane_))) << 32;
-      }
-    }
-    const uint64_t in_item = bits_below(item_.key_end - key);
+  // On edge tiles: scores of keys that a row does not see become -inf. A row's 64 keys are one word of bits, worked out
+  // by the lane that stands for the row (`dense_end` is its own), so that all mask modes cost one test per element.
+  __device__ __forceinline__ void hide_keys(float (&s)[Shape::kWarpKeys / 8][4], int32_t dense_end, int32_t key) const {
+    uint64_t seen = bits_below(dense_end + NLD_BUG(attention_mask_edge) - key);
+    if (is_quadratic_) seen |= group_bits(key);
+    seen &= bits_below(key_end_ - key);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      RowView view = views[h];
-      if (NLD_BUG(attention_mask_edge)) ++view.dense_end;
-      const uint64_t bits = (visible_bits(view, heads, key) & in_item) >> (lane_ % 4 * 2);
+      const uint64_t bits = __shfl_sync(kFullMask, seen, lane_ / 4 + 8 * h) >> (lane_ % 4 * 2);
       const uint32_t low = static_cast<uint32_t>(bits), high = static_cast<uint32_t>(bits >> 32);
 #pragma unroll
       for (int j = 0; j < Shape::kWarpKeys / 8; ++j) {
@@ -223,13 +217,23 @@ class ItemWorker {
     }
   }
 
+  // The keys of [key, key + 64) that row lane % 16 sees as members of groups.
+  __device__ __forceinline__ uint64_t group_bits(int32_t key) const {
+    const RequestMask mask = request_mask(p_.op, tile().request);
+    uint64_t heads = __ballot_sync(kFullMask, is_group_head(mask, key + lane_));
+    if constexpr (Shape::kWarpKeys > kWarpSize) {
+      heads |= static_cast<uint64_t>(__ballot_sync(kFullMask, is_group_head(mask, key + kWarpSize + lane_))) << 32;
+    }
+    return visible_bits(view_of_lane(), heads, key);
+  }
+
   __device__ __forceinline__ RowPlace place(int row) const {
-    const uint32_t packed = tile_.row_begin + row, q = divide(packed, p_.heads_per_kv);
+    const uint32_t packed = tile().row_begin + row, q = divide(packed, p_.heads_per_kv);
     const uint32_t head = kv_head_ * p_.heads_per_kv.divisor + remainder(packed, q, p_.heads_per_kv);
-    return {static_cast<int64_t>(first_q_) + q, static_cast<int64_t>(head)};
+    return {static_cast<int64_t>(p_.op.cu_seqlens_q[tile().request]) + q, static_cast<int64_t>(head)};
   }
   __device__ __forceinline__ int64_t partial_at(int row) const {
-    return partial_row(p_.op, tile_.first_slot + item_.split, kv_head_, row);
+    return partial_row(p_.op, tile().first_slot + item().split, kv_head_, row);
   }
 
   __device__ __forceinline__ void store_lse(int row, float max, float sum) const {
@@ -258,7 +262,7 @@ class ItemWorker {
     for (int h = 0; h < 2; ++h) {
       const int row = warp_row_ + lane_ / 4 + 8 * h;
       const float scale = row_scale(rows.sum[h]);
-      if (lane_ % 4 == 0 && row < tile_.num_rows) store_lse(row, rows.max[h], rows.sum[h]);
+      if (lane_ % 4 == 0 && row < tile().num_rows) store_lse(row, rows.max[h], rows.sum[h]);
 #pragma unroll
       for (int j = 0; j < Shape::kChunks; ++j) {
         reinterpret_cast<uint32_t*>(stage + Shape::at(row, j))[lane_ % 4] =
@@ -269,7 +273,7 @@ class ItemWorker {
 #pragma unroll 4
     for (int i = lane_; i < 16 * Shape::kChunks; i += kWarpSize) {
       const int row = warp_row_ + i / Shape::kChunks, chunk = i % Shape::kChunks;
-      if (row < tile_.num_rows) store_chunk(row, chunk, stage[Shape::at(row, chunk)]);
+      if (row < tile().num_rows) store_chunk(row, chunk, stage[Shape::at(row, chunk)]);
     }
     __syncthreads();  // before the next item fills the ring
   }
@@ -278,7 +282,7 @@ class ItemWorker {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = warp_row_ + lane_ / 4 + 8 * h;
-      if (row >= tile_.num_rows) continue;
+      if (row >= tile().num_rows) continue;
       const int64_t at = partial_at(row);
       if (lane_ % 4 == 0) {
         p_.op.partial_m[at] = rows.max[h];
@@ -309,7 +313,7 @@ class ItemWorker {
       }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < tile_.num_rows * Shape::kChunks; i += Shape::kThreads) {
+    for (int i = threadIdx.x; i < tile().num_rows * Shape::kChunks; i += Shape::kThreads) {
       const int row = i / Shape::kChunks, chunk = i % Shape::kChunks;
       float max = -INFINITY, sum = 0.0f, out[8] = {};
       for (int w = 0; w < Shape::kWarps; ++w) max = fmaxf(max, parts.max[w][row]);
@@ -320,7 +324,7 @@ class ItemWorker {
 #pragma unroll
         for (int e = 0; e < 8; ++e) out[e] = __fmaf_rn(weight, parts.out[w][row][chunk * 8 + e], out[e]);
       }
-      if (tile_.num_splits > 1) {
+      if (tile().num_splits > 1) {
         const int64_t at = partial_at(row);
         float4* target = reinterpret_cast<float4*>(p_.op.partial_o + at * Shape::kHeadDim + chunk * 8);
         target[0] = make_float4(out[0], out[1], out[2], out[3]);
@@ -341,14 +345,12 @@ class ItemWorker {
 
   const MmaParams& p_;
   typename Shape::Smem* sm_;
-  const PlanTile tile_;
-  const PlanItem item_;
-  const int kv_head_;
-  const RequestMask mask_;
-  const int32_t first_q_;
+  const int item_index_, tile_index_, kv_head_;
+  const int32_t key_end_;
   const int lane_, warp_;
   const int warp_row_, warp_key_;  // first row of the tile, and first key of each 64, of this warp
-  RowView last_view_;              // of the tile's last row; only under kQuadratic
+  bool is_quadratic_;
+  int32_t hole_begin_;  // every tile below is seen by some row
 };
 
 template <class T, int kHeadDim, int kTileRows>
@@ -359,11 +361,10 @@ __global__ void __launch_bounds__(TileShape<kHeadDim, kTileRows>::kThreads, Tile
   const Plan plan = plan_view(p.op.plan, p.op.plan_shape.max_tiles);
   NLD_DEVICE_CHECK(plan_fits(*plan.header, p.op.plan_shape), "the plan was made for these sizes");
   const int num_kv_heads = static_cast<int>(p.op.num_kv_heads), num_work = plan.header->num_items * num_kv_heads;
-  for (int work = blockIdx.x; work < num_work; work += gridDim.x) {
-    const PlanItem item = plan.items[work / num_kv_heads];
-    const PlanTile tile = plan.tiles[item.tile];
-    NLD_DEVICE_CHECK(tile.key_end <= p.op.max_pages * p.op.page_size, "seq_lens fit the page table");
-    ItemWorker<T, Shape>(p, sm, tile, item, work % num_kv_heads).run();
+  for (int work = blockIdx.x; work < num_work;) {
+    const int item = work / num_kv_heads, kv_head = work % num_kv_heads;
+    ItemWorker<T, Shape>(p, sm, item, kv_head).run();
+    work = item * num_kv_heads + kv_head + gridDim.x;
   }
 }
 

@@ -25,27 +25,28 @@ bool is_aligned(const void* data, std::initializer_list<int64_t> strides) {
   return vec_size(2, 8, strides, {data}) == 8;
 }
 
-// The step of a lookup of 32 bits, in chunks of 8 elements.
-bool fits_chunks(const AttentionParams& p, const KvPages& pages) {
+// Rows start at multiples of 16 bytes, and their places in chunks of 16 fit 32 bits.
+bool has_chunks(const AttentionParams& p, const KvPages& pages) {
   const int64_t last = (p.num_pages - 1) * pages.page_stride + (p.page_size - 1) * pages.token_stride;
-  return is_aligned(pages.data, {pages.page_stride, pages.token_stride, pages.head_stride}) && last / 8 <= UINT32_MAX;
+  return is_aligned(pages.data, {pages.page_stride, pages.token_stride, pages.head_stride}) &&
+         last / 8 <= UINT32_MAX - 16;
 }
 
 }  // namespace
 
-bool has_attention_mma(DType dtype, int64_t head_dim) { return mma_launcher(dtype, head_dim) != nullptr; }
+bool attention_mma_takes(const AttentionParams& p) {
+  return mma_launcher(p.dtype, p.head_dim) != nullptr && has_chunks(p, p.k) && has_chunks(p, p.v) &&
+         is_aligned(p.q, {p.q_token_stride, p.q_head_stride});
+}
 
 LaunchError launch_attention_mma(const AttentionCudaParams& op, void* stream) {
-  MmaLauncher* const launch = mma_launcher(op.dtype, op.head_dim);
-  if (launch == nullptr) return "no tensor-core kernel was built for this dtype and head_dim";
+  if (!attention_mma_takes(op)) return "the tensor-core kernel does not take this dtype, head_dim or alignment";
   constexpr float kLog2E = 1.44269504088896341f;
   MmaParams p = {op, fast_div(op.page_size), fast_div(op.num_heads / op.num_kv_heads)};
-  p.kv_aligned = fits_chunks(op, op.k) && fits_chunks(op, op.v);
   p.k_page_chunks = static_cast<uint32_t>(op.k.page_stride / 8);
   p.k_token_chunks = static_cast<uint32_t>(op.k.token_stride / 8);
   p.v_page_chunks = static_cast<uint32_t>(op.v.page_stride / 8);
   p.v_token_chunks = static_cast<uint32_t>(op.v.token_stride / 8);
-  p.q_aligned = is_aligned(op.q, {op.q_token_stride, op.q_head_stride});
   p.out_aligned = is_aligned(op.out, {op.out_token_stride, op.out_head_stride});
   // A positive scale lets the largest product be the largest score. Zero would make NaN of the -inf of hidden keys.
   p.q_signs = op.softmax_scale < 0.0f ? 0x80008000u : 0u;
@@ -53,7 +54,7 @@ LaunchError launch_attention_mma(const AttentionCudaParams& op, void* stream) {
   p.scale_log2 = op.softcap > 0.0f ? 1.0f : scale * kLog2E;
   p.cap_log2 = op.softcap * kLog2E;
   p.cap_slope = op.softcap > 0.0f ? 2.0f * kLog2E * scale / op.softcap : 0.0f;
-  return launch(p, stream);
+  return mma_launcher(op.dtype, op.head_dim)(p, stream);
 }
 
 }  // namespace nld

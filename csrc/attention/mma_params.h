@@ -9,11 +9,11 @@ namespace nld {
 struct MmaParams {
   AttentionCudaParams op;
   FastDiv page_size, heads_per_kv;
-  // Steps through the caches in chunks of 8 elements, where those and their sums fit 32 bits (kv_aligned).
+  // Steps through the caches in chunks of 8 elements; they and their sums fit 32 bits.
   uint32_t k_page_chunks, k_token_chunks, v_page_chunks, v_token_chunks;
-  bool kv_aligned, q_aligned, out_aligned;  // addresses and strides are multiples of 16 bytes
-  uint32_t q_signs;                         // flips the signs of two elements of q where softmax_scale is negative
-  float scale_log2;                         // > 0: score * scale_log2 is in units of log2
+  bool out_aligned;           // rows of out start at multiples of 16 bytes
+  uint32_t q_signs;           // flips the signs of two elements of q where softmax_scale is negative
+  float scale_log2;           // > 0: score * scale_log2 is in units of log2
   float cap_log2, cap_slope;  // softcap: cap_log2 * tanh(score * ...), cap_slope = 2 * log2(e) * scale / cap
 };
 

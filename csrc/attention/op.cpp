@@ -377,7 +377,7 @@ void block_attention_out_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor pa
 
 // The CUDA kernel for these arguments.
 AttentionLauncher* pick_attention_kernel(const AttentionParams& p) {
-  if (has_attention_mma(p.dtype, p.head_dim)) return launch_attention_mma;
+  if (attention_mma_takes(p)) return launch_attention_mma;
   if (p.head_dim <= kMaxSimtDim) return launch_attention_simt;
   fail(kOp, ": q must have a head_dim of at most ", kMaxSimtDim, " on CUDA, got ", p.head_dim,
        " (tensor cores: bfloat16 and float16 with 64, 96, 128; all dtypes up to ", kMaxSimtDim, ")");

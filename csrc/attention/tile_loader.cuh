@@ -20,13 +20,13 @@ struct TileShape {
   static constexpr int kWarpKeys = kSharesKeys ? kTileKeys / kWarps : kTileKeys;
   static constexpr int kChunks = kHeadDim / 8;  // 16-byte chunks of a row
 
-  // CTAs per SM that registers allow: 65536 / (kThreads * kMinCtas) each.
+  // CTAs per SM that registers must allow: one more each would spill a few.
   static constexpr int kMinCtas = kTileRows == 128 ? 1 : kHeadDim <= 64 ? 3 : 2;
 
-  // The ring holds K and V tiles in turns. 48 KiB let two CTAs of 16 or 64 rows share an SM of 100 KiB (sm_86, 89, 120)
-  // with two tiles or more under way; 128 rows are one CTA per SM and have more under way.
+  // The ring holds K and V tiles in turns. At most 48 KiB let two CTAs of 16 or 64 rows (three of head_dim 64) share an
+  // SM of 100 KiB (sm_86, 89, 120) with two tiles or more under way; 128 rows are one CTA per SM and have four.
   static constexpr int kSlotChunks = kTileKeys * kChunks, kSlotBytes = kSlotChunks * 16;
-  static constexpr int kSlots = kTileRows == 128 ? 6 : 48 * 1024 / kSlotBytes;
+  static constexpr int kSlots = kTileRows == 128 ? 6 : kHeadDim <= 96 ? 4 : 3;
   // Q passes through the slots that the first copies leave free, into registers.
   static constexpr int kQSlots = kTileRows == 128 ? 2 : 1;
   static constexpr int kDepth = kSlots - kQSlots;  // tiles under way
@@ -34,7 +34,6 @@ struct TileShape {
   // Who copies: the warp its own keys, or the CTA all of them. Neighbouring lanes share a row.
   static constexpr int kTeam = kSharesKeys ? kWarpSize : kThreads;
   static constexpr int kLanesPerRow = kChunks % 8 == 0 ? 8 : 4;
-  static constexpr int kChunksPerLane = kChunks / kLanesPerRow;
   static constexpr int kRowsPerPass = kTeam / kLanesPerRow;
   static constexpr int kPasses = kWarpKeys / kRowsPerPass;
   static_assert(kHeadDim % 32 == 0 && kHeadDim <= 128 && kPasses >= 1 && kPasses <= kLanesPerRow && kDepth >= 2);
@@ -52,18 +51,15 @@ struct TileShape {
 
   // Where chunk c of a row lies: eight rows of an ldmatrix then fall on different banks. Rows of 96 elements start in
   // alternating halves of the 128 bytes that all banks span, so two bits are enough there.
+  static constexpr int kSwizzled = kLanesPerRow;
   static __device__ __forceinline__ int at(int row, int chunk) {
-    return row * kChunks + (chunk ^ (kChunks % 8 == 0 ? row & 7 : row >> 1 & 3));
+    return row * kChunks + (chunk ^ (kSwizzled == 8 ? row & 7 : row >> 1 & 3));
+  }
+  // at(row, chunk + even) from at(row, chunk), for chunk 0 or 1: one instruction, mostly shared between steps.
+  static __device__ __forceinline__ int step(int position, int even) {
+    return (position ^ even % kSwizzled) + even / kSwizzled * kSwizzled;
   }
 };
-
-__device__ __forceinline__ uint4 load_elements(const uint16_t* source) {
-  uint16_t e[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) e[i] = source[i];
-  const auto pair = [&](int i) { return e[i] | static_cast<uint32_t>(e[i + 1]) << 16; };
-  return make_uint4(pair(0), pair(2), pair(4), pair(6));
-}
 
 // Copies the K and V tiles of one item. While a tile is being requested, the page numbers of the next one are being
 // read: each lane looks up one row, the lanes that share a row get its place by shuffle. Keys from key_end on are not
@@ -72,17 +68,14 @@ template <class Shape>
 class TileLoader {
  public:
   __device__ __forceinline__ TileLoader(const MmaParams& p, const int32_t* pages, int kv_head, int32_t key_end)
-      : p_(p), pages_(pages), key_end_(key_end) {
+      : p_(p), pages_(pages), kv_head_(kv_head), key_end_(key_end) {
     const int member = Shape::kSharesKeys ? threadIdx.x % kWarpSize : threadIdx.x;
     chunk_ = member % Shape::kLanesPerRow;
     row_ = member / Shape::kLanesPerRow + (Shape::kSharesKeys ? threadIdx.x / kWarpSize * Shape::kWarpKeys : 0);
-    k_ = static_cast<const uint16_t*>(p.op.k.data) + kv_head * p.op.k.head_stride;
-    v_ = static_cast<const uint16_t*>(p.op.v.data) + kv_head * p.op.v.head_stride;
   }
 
   // Starts to read the page numbers of the tile at `key`.
   __device__ __forceinline__ void look_up(int32_t key) {
-    next_key_ = key;
     next_page_ = 0;
     const int32_t mine = key + my_row();
     if (mine < key_end_) {
@@ -94,18 +87,26 @@ class TileLoader {
   // Makes the tile that was looked up the one to copy.
   __device__ __forceinline__ void advance() {
     NLD_DEVICE_CHECK(next_page_ >= 0 && next_page_ < p_.op.num_pages, "page indices in use lie in the cache");
-    key_ = next_key_;
-    const uint32_t mine = key_ + my_row(), in_page = remainder(mine, divide(mine, p_.page_size), p_.page_size);
-    k_place_ = next_page_ * p_.k_page_chunks + in_page * p_.k_token_chunks;
-    v_place_ = next_page_ * p_.v_page_chunks + in_page * p_.v_token_chunks;
+    page_ = next_page_;
   }
 
-  template <bool kIsV>
-  __device__ __forceinline__ void copy(uint4* slot) const {
-    if (p_.kv_aligned) {
-      copy_chunks(slot, kIsV ? v_ : k_, kIsV ? v_place_ : k_place_);
-    } else {
-      copy_elements(slot, kIsV ? v_ : k_, kIsV ? p_.op.v : p_.op.k);
+  // The tile, at `key`, into a slot.
+  __device__ __forceinline__ void copy(bool is_v, int32_t key, uint4* slot) const {
+    const KvPages& cache = is_v ? p_.op.v : p_.op.k;
+    const uint16_t* head = static_cast<const uint16_t*>(cache.data) + kv_head_ * cache.head_stride;
+    const uint32_t mine = key + my_row(), in_page = remainder(mine, divide(mine, p_.page_size), p_.page_size);
+    const uint32_t my_place = is_v ? page_ * p_.v_page_chunks + in_page * p_.v_token_chunks
+                                   : page_ * p_.k_page_chunks + in_page * p_.k_token_chunks;
+    const int first_lane = threadIdx.x % kWarpSize - chunk_;
+#pragma unroll
+    for (int pass = 0; pass < Shape::kPasses; ++pass) {
+      const uint32_t place = __shfl_sync(kFullMask, my_place, first_lane + pass) + chunk_;
+      const int row = row_ + pass * Shape::kRowsPerPass;
+      const uint4* source = reinterpret_cast<const uint4*>(head) + place;
+      uint4* target = slot + Shape::at(row, chunk_);
+      const int bytes = key + row < key_end_ ? 16 : 0;
+#pragma unroll
+      for (int i = 0; i < Shape::kChunks; i += Shape::kSwizzled) ptx::cp_async(target + i, source + i, bytes);
     }
   }
 
@@ -113,43 +114,10 @@ class TileLoader {
   // The row this lane looks up, one of those its group of lanes copies.
   __device__ __forceinline__ int my_row() const { return row_ + chunk_ % Shape::kPasses * Shape::kRowsPerPass; }
 
-  __device__ __forceinline__ void copy_chunks(uint4* slot, const uint16_t* head, uint32_t my_place) const {
-    const int first_lane = threadIdx.x % kWarpSize - chunk_;
-#pragma unroll
-    for (int pass = 0; pass < Shape::kPasses; ++pass) {
-      const uint32_t place = __shfl_sync(kFullMask, my_place, first_lane + pass);
-      const int row = row_ + pass * Shape::kRowsPerPass;
-      const uint4* source = reinterpret_cast<const uint4*>(head) + place + chunk_;
-      const int bytes = key_ + row < key_end_ ? 16 : 0;
-#pragma unroll
-      for (int i = 0; i < Shape::kChunksPerLane; ++i) {
-        const int chunk = i * Shape::kLanesPerRow;
-        ptx::cp_async(slot + Shape::at(row, chunk + chunk_), source + chunk, bytes);
-      }
-    }
-  }
-
-  // Strides or addresses that are no multiples of 16 bytes: through registers, element by element.
-  __device__ __forceinline__ void copy_elements(uint4* slot, const uint16_t* head, const KvPages& cache) const {
-#pragma unroll 1
-    for (int pass = 0; pass < Shape::kPasses; ++pass) {
-      const int row = row_ + pass * Shape::kRowsPerPass;
-      const int32_t key = key_ + row;
-      const uint32_t entry = divide(key, p_.page_size), in_page = remainder(key, entry, p_.page_size);
-      const uint16_t* source = head;
-      if (key < key_end_) source += pages_[entry] * cache.page_stride + in_page * cache.token_stride;
-#pragma unroll 1
-      for (int chunk = chunk_; chunk < Shape::kChunks; chunk += Shape::kLanesPerRow) {
-        slot[Shape::at(row, chunk)] = key < key_end_ ? load_elements(source + chunk * 8) : make_uint4(0, 0, 0, 0);
-      }
-    }
-  }
-
   const MmaParams& p_;
   const int32_t* pages_;
-  const uint16_t *k_, *v_;
-  int32_t key_end_, key_ = 0, next_key_ = 0, next_page_ = 0;
-  uint32_t k_place_ = 0, v_place_ = 0;
+  int kv_head_;
+  int32_t key_end_, page_ = 0, next_page_ = 0;  // pages of my_row in the tile to copy and in the one after
   int chunk_, row_;
 };
 

@@ -19,10 +19,10 @@ struct WarpRows {
 
   // Q of the warp from rows [first_row, first_row + 16) of `slot`.
   __device__ __forceinline__ void load_q(const uint4* slot, int first_row, uint32_t flip_signs) {
-    const int lane = threadIdx.x % kWarpSize;
+    const int lane = threadIdx.x % kWarpSize, position = Shape::at(first_row + lane % 16, lane / 16);
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
-      ptx::ldmatrix_x4(q[k], slot + Shape::at(first_row + lane % 16, 2 * k + lane / 16));
+      ptx::ldmatrix_x4(q[k], slot + Shape::step(position, 2 * k));
 #pragma unroll
       for (int i = 0; i < 4; ++i) q[k][i] ^= flip_signs;
     }
@@ -30,13 +30,14 @@ struct WarpRows {
 
   // s = q * k for the keys in rows [first_key, first_key + kKeys) of the slot.
   __device__ __forceinline__ void multiply_k(const uint4* slot, int first_key, float (&s)[kKeys / 8][4]) const {
-    const int lane = threadIdx.x % kWarpSize, row = first_key + lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
+    const int lane = threadIdx.x % kWarpSize;
+    const int position = Shape::at(first_key + lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         uint32_t b[4];  // keys 0..7 of the 16: dims 0..7, 8..15; then keys 8..15
-        ptx::ldmatrix_x4(b, slot + Shape::at(row + n * 16, 2 * k + half));
+        ptx::ldmatrix_x4(b, slot + Shape::step(position, 2 * k) + n * 16 * Shape::kChunks);
         if (NLD_BUG(attention_swapped_fragment)) {
           const uint32_t b1 = b[1];
           b[1] = b[2];
@@ -50,13 +51,13 @@ struct WarpRows {
 
   // out += p * v.
   __device__ __forceinline__ void multiply_v(const uint4* slot, int first_key) {
-    const int lane = threadIdx.x % kWarpSize;
+    const int lane = threadIdx.x % kWarpSize, position = Shape::at(first_key + lane % 16, lane / 16);
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
 #pragma unroll
       for (int n = 0; n < kDim / 16; ++n) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4<true>(b, slot + Shape::at(first_key + k * 16 + lane % 16, 2 * n + lane / 16));
+        uint32_t b[4];  // dims 0..7 of the 16: keys 0..7, 8..15; then dims 8..15
+        ptx::ldmatrix_x4<true>(b, slot + Shape::step(position, 2 * n) + k * 16 * Shape::kChunks);
         ptx::mma_m16n8k16<T>(out[2 * n], p[k], b[0], b[1]);
         ptx::mma_m16n8k16<T>(out[2 * n + 1], p[k], b[2], b[3]);
       }
