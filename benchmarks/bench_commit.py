@@ -89,7 +89,7 @@ class Problem:
     def copy(self) -> Problem:
         """Return the same problem with its own copy of the logits, elsewhere in memory."""
         other = Problem.__new__(Problem)
-        other.__dict__.update(self.__dict__, logits=self.logits.clone())
+        other.__dict__.update(self.__dict__, logits=self.logits.clone(), outputs=dict(self.outputs))
         return other
 
     def nld(self) -> torch.Tensor:

@@ -316,8 +316,9 @@ def commit_case(b: Bench, case: bench_commit.Case) -> None:
         first = bench_commit.Problem(case)
         bench_commit.check(first)
         problems = [first] + [first.copy() for _ in range(b.num_inputs(work.floor_bytes) - 1)]
-        for p in problems:  # masks of their own: the op takes them off
+        for p in problems:  # masks and tickets of their own: the op takes them off
             p.is_masked, p.tokens = first.fresh_mask.clone(), first.tokens.clone()
+            p.outputs["tickets"] = torch.zeros(1, dtype=torch.int32)
 
         def call(p: bench_commit.Problem) -> Callable[[], object]:
             return lambda: ops.commit_(

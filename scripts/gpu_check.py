@@ -117,6 +117,11 @@ def source_hash() -> str:
     return digest.hexdigest()[:12]
 
 
+def failures(output: str) -> list[str]:
+    """Lines by which our programs and pytest name what failed."""
+    return [x for x in output.splitlines() if x.startswith(("FAILED", "FAIL ", "ERROR"))][:100]
+
+
 def first_line(command: Sequence[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
@@ -208,7 +213,8 @@ def build(check: Check) -> Result:
 def runtime(check: Check) -> Result:
     """Our static CUDA runtime beside torch's: streams, graphs, threads, device guard."""
     code, output = check.python("scripts/gpu_runtime.py", limit_s=200)
-    return Result("runtime", code == 0, summary=last_lines(output))
+    details = {"failed": failures(output)}
+    return Result("runtime", code == 0, summary=last_lines(output), details=details)
 
 
 def ptx(check: Check) -> Result:
@@ -230,16 +236,16 @@ def ptx(check: Check) -> Result:
     if code != 0:
         return Result("ptx", False, summary=f"does not compile: {last_lines(output, 2)}")
     code, output = check.run([str(program)], 120)
-    return Result("ptx", code == 0, summary=last_lines(output))
+    details = {"failed": failures(output)}
+    return Result("ptx", code == 0, summary=last_lines(output), details=details)
 
 
 def run_pytest(check: Check, name: str, arguments: Sequence[str], limit_s: float) -> Result:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra", "--tb=short"]
     command += ["--maxfail=40", "--backend=cuda", "--durations=5", *arguments]
     code, output = check.run(command, limit_s)
-    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     summary = last_lines(output).strip("= ")
-    return Result(name, code == 0, summary=summary, details={"failed": failed[:100]})
+    return Result(name, code == 0, summary=summary, details={"failed": failures(output)})
 
 
 def tests(check: Check) -> Result:
@@ -256,7 +262,8 @@ def graphs(check: Check) -> Result:
 def decode(check: Check) -> Result:
     """Whole decoding of nld-tiny in every mode: CUDA against CPU."""
     code, output = check.python("scripts/gpu_decode.py", limit_s=500)
-    return Result("decode", code == 0, summary=last_lines(output))
+    details = {"failed": failures(output)}
+    return Result("decode", code == 0, summary=last_lines(output), details=details)
 
 
 def sanitizer(check: Check) -> Result:

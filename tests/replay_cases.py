@@ -56,7 +56,7 @@ class Call:
     def fill(self, variant: int, *, non_blocking: bool = False) -> None:
         """Put another variant's values into the same buffers."""
         for name, x in self.case.make(variant).items():
-            if isinstance(x, Tensor):
+            if isinstance(x, Tensor) and name != "tickets":  # those, the op itself must restore
                 self.buffers[name].copy_(x, non_blocking=non_blocking)
 
     def __call__(self) -> None:
@@ -168,7 +168,7 @@ def _logits(rows: int, vocab: int, g: torch.Generator, dtype: torch.dtype) -> Te
     return logits.to(dtype)
 
 
-def commit(variant: int) -> Args:
+def commit(variant: int, tickets: bool = False) -> Args:
     g = _generator(variant)
     rows, vocab, batch, mask = 24, 5003, 3, 7
     masked = torch.rand(rows, generator=g) < 0.3 * variant
@@ -186,6 +186,7 @@ def commit(variant: int) -> Args:
         "candidates": torch.zeros(rows, dtype=torch.int64), "confidence": torch.zeros(rows),
         "num_committed": _ints([9] * batch), "num_remaining": _ints([9] * batch),
         "done": torch.zeros(batch, dtype=torch.bool),
+        "tickets": _ints([0] * batch) if tickets else None,
     }  # fmt: skip
 
 
@@ -235,6 +236,10 @@ REPLAY_CASES = [
         name="block_attention-split",
     ),
     ReplayCase("commit_", commit, _COMMITTED, 1e-5),
+    ReplayCase(
+        "commit_", lambda v: commit(v, tickets=True), (*_COMMITTED, "tickets"), 1e-5,
+        name="commit_-tickets",
+    ),
     ReplayCase("verify_", verify, _VERIFIED),
     ReplayCase("gumbel_noise_", gumbel_noise, ("noise",)),
 ]  # fmt: skip
