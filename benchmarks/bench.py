@@ -131,14 +131,17 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     from nld_cuda import _library
 
     root = Path(__file__).resolve().parent
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-    )
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    except OSError:  # a machine without git
+        commit = ""
     info: dict[str, Any] = {
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -102,3 +102,34 @@ def gpu_named(name: str, copy_gbps: float) -> Gpu:
     """Return the rates of a device by its name; of one not listed, its own copy."""
     found = next((gpu for key, gpu in GPUS.items() if key in name), None)
     return found or Gpu(copy_gbps, 100)
+
+
+def _table() -> str:
+    """The predictions for the shapes of an 8B model, as docs/gpu.md shows them."""
+    vocab, heads, kv_heads, dim = 131072, 32, 8, 128
+
+    def block(batch: int, rows: int, context: int) -> Work:
+        pairs = batch * rows * context
+        return attention([(rows, context)] * batch, heads, kv_heads, dim, 2, pairs)
+
+    cases = {f"attention 1 x 32 rows, {n} keys": block(1, 32, n) for n in (1024, 4096, 32768)}
+    cases |= {f"attention 8 x 32 rows, {n} keys": block(8, 32, n) for n in (4096, 16384)}
+    cases |= {f"attention 1 x 1 row, {n} keys": block(1, 1, n) for n in (1024, 32768)}
+    cases |= {
+        "commit 32 x 131072 bfloat16": commit(32, vocab, 2),
+        "commit 32 x 131072 float32": commit(32, vocab, 4),
+        "verify greedy 32 x 131072 bfloat16": verify(32, vocab, 2),
+        "verify rejection 32 x 131072 float32, one residual": verify(32, vocab, 4, 1, 2),
+        "append 32 tokens bfloat16": rope_append(32, heads, kv_heads, dim, 2),
+        "append 1024 tokens bfloat16": rope_append(1024, heads, kv_heads, dim, 2),
+        "compact 15 entries, 26 layers bfloat16": compact(15, 26, kv_heads, dim, 2),
+    }
+    lines = ["| call | bytes | H100 | H200 |", "|---|---|---|---|"]
+    for name, work in cases.items():
+        times = " | ".join(f"{predicted_us(work, gpu):.1f} us" for gpu in GPUS.values())
+        lines.append(f"| {name} | {work.floor_bytes / 1e6:.2f} MB | {times} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(_table())

@@ -76,7 +76,7 @@ def details() -> Iterator[str]:
     yield "# Benchmarks of the ops"
     yield ""
     yield "Written by `python scripts/readme_numbers.py` from `benchmarks/results/`. Medians;"
-    yield "`x` is the baseline's time / ours in the same run."
+    yield "`x` is the baseline's time / ours in the same run. How to measure on a GPU: [gpu.md](gpu.md)."
     for name in OPS:
         document = load(name)
         baselines = list(ratios(document))
@@ -89,6 +89,17 @@ def details() -> Iterator[str]:
             yield "| " + " | ".join([label, us(row["us"]), *cells]) + " |"
         yield ""
         yield f"{source(document)}; measured copy bandwidth {document['copy_gbps']:.1f} GB/s"
+    for path in sorted((ROOT / "benchmarks/results").glob("cuda*.json")):
+        document = load(path.stem)
+        env = document["environment"]
+        yield ""
+        yield f"# On {env['gpu']}"
+        yield ""
+        yield document["tables"]
+        yield ""
+        where = f"{env['gpu']}, torch {env['torch']}, {env['date'][:10]}"
+        rate = f"measured copy bandwidth {document['copy_gbps']:.0f} GB/s"
+        yield f"`{document['command']}`, {where}; {rate}"
 
 
 def main() -> None:
