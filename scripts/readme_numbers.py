@@ -76,7 +76,7 @@ def details() -> Iterator[str]:
     yield "# Benchmarks of the ops"
     yield ""
     yield "Written by `python scripts/readme_numbers.py` from `benchmarks/results/`. Medians;"
-    yield "`x` is the baseline's time / ours in the same run. How to measure on a GPU: [gpu.md](gpu.md)."
+    yield "`x` is the baseline's time / ours in the same run. On a GPU: [gpu.md](gpu.md)."
     for name in OPS:
         document = load(name)
         baselines = list(ratios(document))
