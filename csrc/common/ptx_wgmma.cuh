@@ -1,9 +1,9 @@
 // Hopper's matrix instructions (sm_90a only; elsewhere the wrappers trap): wgmma m64nNk16 by the four warps of a
 // warpgroup, asynchronous, accumulators in registers.
 //
-// Use: write the operands, fence_proxy_async() if ordinary stores wrote them, barrier; wgmma_fence(); wgmma<...>() one
-// or more times; wgmma_commit(); wgmma_wait<0>(); wgmma_use(d). Between the fence and the wait no thread touches the
-// accumulators or the registers of A.
+// Use: write the operands, fence_proxy_async() if ordinary stores wrote them, barrier; wgmma_use(d) if d was written;
+// wgmma_fence(); wgmma<...>() one or more times; wgmma_commit(); wgmma_wait<0>(); wgmma_use(d). Between the fence and
+// the wait no thread touches the accumulators or the registers of A.
 #pragma once
 
 #include "common/ptx_sm90.cuh"
@@ -66,7 +66,8 @@ PTX_FN void wgmma_wait(PTX_LOC_ONLY_) {
   ::emu::wgmma_wait(kPending, loc);
 #endif
 }
-// The compiler cannot know that the accumulators change until wgmma_wait: this keeps it from reading them earlier.
+// The compiler does not know that the accumulators change until wgmma_wait: this keeps its reads of them behind the
+// wait, and its writes in front of the fence.
 template <int kSize>
 PTX_FN void wgmma_use(float (&d)[kSize]) {
 #if NLD_ON_DEVICE

@@ -73,6 +73,7 @@ class Array {
 #endif
   }
   T* data() { return data_; }
+  const T* data() const { return data_; }
   size_t size() const { return size_; }
   T& operator[](size_t i) { return data_[i]; }
 

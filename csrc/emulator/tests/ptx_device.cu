@@ -4,6 +4,9 @@
 #include "emulator/tests/ptx_portable.cuh"
 #include "emulator/tests/ptx_sm90.cuh"
 #include "emulator/tests/ptx_wgmma.cuh"
+#if !NLD_ON_DEVICE
+#include "emulator/tests/ptx_misuse.cuh"
+#endif
 
 namespace nld::ptx_test {
 
@@ -40,6 +43,16 @@ const Cases kSm90a = {
     {"setmaxnreg", test_registers},
 };
 
+#if !NLD_ON_DEVICE
+const Cases kMisuse = {
+    {"misuse of cp.async", misuse_cp_async},
+    {"misuse of mbarriers", misuse_mbar},
+    {"misuse of bulk and tensor copies", misuse_bulk},
+    {"misuse of clusters, elect.sync and setmaxnreg", misuse_cluster},
+    {"misuse of wgmma", misuse_wgmma},
+};
+#endif
+
 int run(const Cases& cases) {
   int num_failed = 0;
   for (const Case& c : cases) {
@@ -73,6 +86,9 @@ int main(int argc, char** argv) {
   int num_failed = run(kPortable);
   if (compute_capability() >= 90) num_failed += run(kSm90);
   if (compute_capability() == 90) num_failed += run(kSm90a);
+#if !NLD_ON_DEVICE
+  num_failed += run(kMisuse);
+#endif
   std::printf("%d failed\n", num_failed);
   return num_failed != 0;
 }

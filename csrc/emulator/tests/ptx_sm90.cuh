@@ -195,7 +195,24 @@ void test_tma_box(DType dtype, ptx::Swizzle swizzle) {
     }
   }
 }
+inline void test_tma_refusals() {
+  const Array<uint32_t> memory(4096);
+  const auto refused = [&](const char* what, auto change) {
+    TensorMapSpec spec{memory.data(), DType::kBF16, 2, {64, 16}, {1, 64}, {32, 8}, ptx::Swizzle::k64};
+    change(spec);
+    ptx::TensorMap map;
+    expect(make_tensor_map(&map, spec) != nullptr, "a tensor map must be refused: %s", what);
+  };
+  refused("address", [](TensorMapSpec& s) { s.data = static_cast<const char*>(s.data) + 8; });
+  refused("rank", [](TensorMapSpec& s) { s.rank = 6; });
+  refused("stride of 2 bytes more", [](TensorMapSpec& s) { s.strides[1] = 65; });
+  refused("box of 257", [](TensorMapSpec& s) { s.box[1] = 257; });
+  refused("empty dimension", [](TensorMapSpec& s) { s.dims[1] = 0; });
+  refused("row wider than the swizzle", [](TensorMapSpec& s) { s.box[0] = 64; });
+  refused("row of 6 bytes", [](TensorMapSpec& s) { s.box[0] = 3, s.swizzle = ptx::Swizzle::kNone; });
+}
 inline void test_tma() {
+  test_tma_refusals();
   test_tma_box<1>(DType::kBF16, ptx::Swizzle::kNone);
   test_tma_box<2>(DType::kF16, ptx::Swizzle::kNone);
   test_tma_box<2>(DType::kBF16, ptx::Swizzle::k32);

@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(128) wgmma_kernel(WgmmaShape s, const unsigned
   uint32_t fragment[2][4];
 #pragma unroll
   for (int i = 0; i < 8; ++i) fragment[i / 4][i % 4] = a_registers[thread * 8 + i];
+  ptx::wgmma_use(d);
   ptx::wgmma_fence();
 #pragma unroll
   for (int repeat = 0; repeat < 2; ++repeat) {
