@@ -6,11 +6,11 @@ namespace {
 
 template <class T>
 LaunchError launch(const AttentionCudaParams& p, void* stream) {
-  // A warp a row where the grid allows: 8 CTAs of 4 warps keep an SM's loads in flight.
+  // A warp a row where the grid allows; 4 CTAs of 4 warps have 64 KB of an SM on their way.
   const PlanShape& shape = p.plan_shape;
   const int64_t split_tiles = attention_max_slots(shape.max_tiles, shape.max_items) / 2;
   const int64_t rows = split_tiles * p.num_kv_heads * shape.tile_rows + p.total_q * p.num_heads;
-  const int64_t most = 8 * static_cast<int64_t>(p.num_sms), wanted = (rows + kCombineWarps - 1) / kCombineWarps;
+  const int64_t most = 4 * static_cast<int64_t>(p.num_sms), wanted = (rows + kCombineWarps - 1) / kCombineWarps;
   const unsigned grid = static_cast<unsigned>(wanted < most ? wanted : most);
   if (p.head_dim % 4 == 0) {
     NLD_LAUNCH((attention_combine_kernel<T, 4>), grid, kCombineThreads, 0, stream, p);
