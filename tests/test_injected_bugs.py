@@ -55,7 +55,7 @@ class Bug:
     how: How
 
     def __str__(self) -> str:
-        return f"{self.name}-{self.how.name}"
+        return f"{self.name}-{self.body.__name__}-{self.how.name}"
 
 
 def rope(b: Backend) -> None:
@@ -70,6 +70,17 @@ def attention(b: Backend) -> None:
     test_attention_mma.run(
         AttentionCase("x", (Request(3, 203, CAUSAL), Request(20, 131, FULL)), dim=64), BF16, b
     )
+
+
+def attention_one_slot_again(b: Backend) -> None:
+    """The last tile of V lies where the results are put together."""
+    test_attention_mma.run(AttentionCase("x", (Request(20, 100, FULL),), dim=128), BF16, b)
+
+
+def attention_in_warps(b: Backend) -> None:
+    """Tiles of 16 rows: warps share the keys, and wait for none but themselves until the end."""
+    requests = (Request(3, 403, CAUSAL), Request(2, 131, FULL))
+    test_attention_mma.run(AttentionCase("x", requests, dim=128), BF16, b)
 
 
 def attention_in_splits(b: Backend) -> None:
@@ -114,6 +125,12 @@ BUGS = [
     Bug("attention_early_reuse", attention, RACE),
     Bug("attention_wait_depth", attention, RACE),
     Bug("attention_wait_depth", attention, NUMBERS),
+    Bug("attention_missing_barrier", attention_in_warps, RACE),
+    Bug("attention_early_reuse", attention_in_warps, RACE),
+    Bug("attention_wait_depth", attention_in_warps, RACE),
+    Bug("attention_ring_in_use", attention_one_slot_again, RACE),
+    Bug("attention_ring_in_use", attention_in_warps, RACE),
+    Bug("attention_merge_early", attention_in_warps, RACE),
     Bug("attention_lost_tail", attention, NUMBERS),
     Bug("attention_mask_edge", attention, NUMBERS),
     Bug("attention_swapped_fragment", attention, NUMBERS),

@@ -27,28 +27,33 @@ namespace nld {
 template <class T, class Shape>
 class ItemWorker {
  public:
-  __device__ __forceinline__ ItemWorker(const MmaParams& p, typename Shape::Smem* sm, int item, int kv_head)
+  __device__ __forceinline__ ItemWorker(const MmaParams& p, typename Shape::Smem* sm, int item_index,
+                                        const PlanItem& item, int kv_head)
       : p_(p),
         sm_(sm),
-        item_index_(item),
-        tile_index_(this->item().tile),
+        item_index_(item_index),
+        tile_index_(item.tile),
         kv_head_(kv_head),
-        key_end_(this->item().key_end),
+        key_end_(item.key_end),
         lane_(threadIdx.x % kWarpSize),
         warp_(threadIdx.x / kWarpSize),
         warp_row_(Shape::kSharesKeys ? 0 : warp_ * 16),
         warp_key_(Shape::kSharesKeys ? warp_ * Shape::kWarpKeys : 0) {}
 
-  __device__ __forceinline__ void run() {
+  __device__ __forceinline__ void run(int32_t key_begin) {
     NLD_DEVICE_CHECK(tile().key_end <= p_.op.max_pages * p_.op.page_size, "seq_lens fit the page table");
+    // The first page numbers are asked for before the mask is known: all modes but one begin there.
+    TileLoader<Shape> loader(p_, p_.op.page_table + tile().request * p_.op.page_table_stride, kv_head_, key_end_);
+    loader.look_up(key_begin);
     const RequestMask mask = request_mask(p_.op, tile().request);
     is_quadratic_ = mask.mode == MaskMode::kQuadratic;
     hole_begin_ = is_quadratic_ ? row_view(mask, q_row(tile().num_rows - 1)).dense_end : key_end_;
-    const int32_t first_key = next_visible(item().key_begin);
+    const int32_t first_key = next_visible(key_begin);
+    if (first_key != key_begin) loader.look_up(first_key);
     WarpRows<T, Shape> rows;
-    if (first_key < key_end_) work(first_key, rows);
+    if (first_key < key_end_) work(first_key, loader, rows);
     rows.finish_sum();
-    __syncthreads();  // the ring is free
+    if (!NLD_BUG(attention_ring_in_use)) __syncthreads();  // the ring is free
     if constexpr (Shape::kSharesKeys) {
       merge_warps(rows);
     } else if (tile().num_splits > 1) {
@@ -115,13 +120,11 @@ class ItemWorker {
     }
   }
 
-  __device__ __forceinline__ void work(int32_t first_key, WarpRows<T, Shape>& rows) {
+  __device__ __forceinline__ void work(int32_t first_key, TileLoader<Shape>& loader, WarpRows<T, Shape>& rows) {
     constexpr int kDepth = Shape::kDepth;
-    TileLoader<Shape> loader(p_, p_.op.page_table + tile().request * p_.op.page_table_stride, kv_head_, key_end_);
     constexpr int kAhead = (kDepth + 1) / 2;
     int32_t keys[kAhead];          // tiles under way, in order; from key_end_ on: none
     int32_t next_key = first_key;  // the tile after those
-    loader.look_up(next_key);
     const auto copy_next = [&](bool is_v, int slot) {
       if (!is_v) {
 #pragma unroll
@@ -312,7 +315,7 @@ class ItemWorker {
             make_float2(rows.out[j][2 * h], rows.out[j][2 * h + 1]);
       }
     }
-    __syncthreads();
+    if (!NLD_BUG(attention_merge_early)) __syncthreads();
     for (int i = threadIdx.x; i < tile().num_rows * Shape::kChunks; i += Shape::kThreads) {
       const int row = i / Shape::kChunks, chunk = i % Shape::kChunks;
       float max = -INFINITY, sum = 0.0f, out[8] = {};
@@ -360,11 +363,14 @@ __global__ void __launch_bounds__(TileShape<kHeadDim, kTileRows>::kThreads, Tile
   NLD_DYNAMIC_SMEM(typename Shape::Smem, sm);
   const Plan plan = plan_view(p.op.plan, p.op.plan_shape.max_tiles);
   NLD_DEVICE_CHECK(plan_fits(*plan.header, p.op.plan_shape), "the plan was made for these sizes");
-  const int num_kv_heads = static_cast<int>(p.op.num_kv_heads), num_work = plan.header->num_items * num_kv_heads;
-  for (int work = blockIdx.x; work < num_work;) {
-    const int item = work / num_kv_heads, kv_head = work % num_kv_heads;
-    ItemWorker<T, Shape>(p, sm, item, kv_head).run();
-    work = item * num_kv_heads + kv_head + gridDim.x;
+  const int num_kv_heads = static_cast<int>(p.op.num_kv_heads);
+  for (int work = blockIdx.x;;) {
+    const int index = work / num_kv_heads, kv_head = work % num_kv_heads;
+    // Read before it is known to exist, so that the two reads overlap.
+    const PlanItem item = plan.items[min(index, p.op.plan_shape.max_items - 1)];
+    if (index >= plan.header->num_items) break;
+    ItemWorker<T, Shape>(p, sm, index, item, kv_head).run(item.key_begin);
+    work = index * num_kv_heads + kv_head + gridDim.x;
   }
 }
 
