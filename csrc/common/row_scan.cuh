@@ -149,7 +149,7 @@ struct RowSlice {
 
  private:
   static __device__ __forceinline__ void load_vec(const T* from, uint32_t* to) {
-    const uint4 vec = __ldg(reinterpret_cast<const uint4*>(from));
+    const uint4 vec = ptx::load_once(reinterpret_cast<const uint4*>(from));
     to[0] = vec.x;
     to[1] = vec.y;
     to[2] = vec.z;
@@ -419,20 +419,20 @@ __device__ __forceinline__ Choice warp_gumbel(const RowSlice<T>& slice, Next8 ne
 
 // ---- which request a row belongs to ----
 
-// Number of entries of the ascending `bounds` that are <= row, found by the whole CTA: one round of loads for up to
-// blockDim entries, two for its square. cu_seqlens: the request is this less 1, if that is in 0 .. batch - 1.
+// Number of entries of the ascending `bounds` that are <= row, found by the kScanThreads threads of the CTA: one round
+// of loads for up to that many entries, two for its square. cu_seqlens: the request is this less 1, if that is in
+// 0 .. batch - 1.
 __device__ __forceinline__ int32_t count_not_above(const int32_t* bounds, int32_t num_bounds, int32_t row) {
-  const int32_t threads = blockDim.x, thread = threadIdx.x;
-  int32_t low = 0, count = num_bounds;  // bounds before `low` are <= row, those from low + count on are above
+  uint32_t low = 0, count = num_bounds;  // bounds before `low` are <= row, those from low + count on are above
   while (count > 0) {
-    const int32_t step = (count + threads - 1) / threads, at = thread * step;  // step * threads < count + threads
-    const int32_t hits = __syncthreads_count(at < count && bounds[low + at] <= row);
+    const uint32_t step = (count + kScanThreads - 1) / kScanThreads, at = threadIdx.x * step;
+    const uint32_t hits = __syncthreads_count(at < count && bounds[low + at] <= row);
     if (hits == 0) break;
-    const int32_t known = (hits - 1) * step + 1;
+    const uint32_t known = (hits - 1) * step + 1;
     low += known;
     count = min(step - 1, count - known);
   }
-  return low;
+  return static_cast<int32_t>(low);
 }
 
 }  // namespace nld

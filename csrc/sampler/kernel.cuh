@@ -64,9 +64,15 @@ __device__ __forceinline__ CommitRule rule_of(const CommitParams& p, int64_t req
 // Writes the part of a judged row's slice. All threads of the CTA call.
 template <class T, bool kDraws>
 __device__ __forceinline__ void scan_slice(const CommitParams& p, CommitSmem* sm, RowSlice<T>& slice, int32_t row,
-                                           int32_t request, SlicePart* parts) {
+                                           int32_t request, SlicePart* part) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const auto raw = [&](int i) { return slice.raw(i); };
+  float scale = 0.0f;  // these come while the logits are on their way
+  NoiseKey key = {};
+  if (kDraws && p.is_masked[row]) {
+    scale = inverse_temperature(p.temperature[request]);
+    key = {static_cast<uint64_t>(p.seed[request]), static_cast<uint32_t>(p.positions[row]), p.purpose};
+  }
   const uint32_t banned =
       p.bans_mask_id ? slice.banned_mask(&p.mask_token_id, 1) : slice.banned_mask(p.banned, p.num_banned);
   const float top = thread_max(raw);
@@ -75,14 +81,12 @@ __device__ __forceinline__ void scan_slice(const CommitParams& p, CommitSmem* sm
   const ExpSum sums = warp_exp_sum(raw, warp_max(top));
 
   const bool is_held = !p.is_masked[row];
-  const float scale = kDraws && !is_held ? inverse_temperature(p.temperature[request]) : 0.0f;
   Choice choice = {allowed_top, -1};  // which id it is is looked up by the best warp only
   if (is_held) {                      // nothing to choose: the token's own logit is asked for
     const int64_t token = p.block_tokens[row];
     const bool here = slice.warp_holds(token) && token < p.vocab;
     choice = here ? Choice{0.0f, static_cast<int32_t>(token)} : Choice{-kScanInf, -1};
   } else if (kDraws && scale > 0.0f) {
-    const NoiseKey key = {static_cast<uint64_t>(p.seed[request]), static_cast<uint32_t>(p.positions[row]), p.purpose};
     const float floor = add_rn(fminf(mul_rn(allowed_top, scale), kScanMaxFloat), kMinGumbel);
     choice = warp_gumbel(slice, [&](float (&values)[8]) { slice.take8(values); }, scale, key, banned, floor);
   }
@@ -99,7 +103,7 @@ __device__ __forceinline__ void scan_slice(const CommitParams& p, CommitSmem* sm
     choice.id = warp_find(slice, raw, choice.value, banned);
   }
   const ExpSum total = merge_lanes<kScanWarps>(sm->sums[lane % kScanWarps]);
-  if (lane == 0) parts[blockIdx.x] = {total, choice, logit};
+  if (lane == 0) *part = {total, choice, logit};
 }
 
 // ---- one request, by the last of its CTAs ----
@@ -315,14 +319,15 @@ template <class T, bool kDraws>
 __global__ void __launch_bounds__(kScanThreads, kDraws ? (sizeof(T) == 4 ? 2 : 3) : 4)
     commit_kernel(const __grid_constant__ CommitParams p) {
   NLD_DYNAMIC_SMEM(CommitSmem, sm);
-  const int32_t num_slices = static_cast<int32_t>(commit_num_slices(p.vocab));
-  const int32_t row = static_cast<int32_t>(blockIdx.x) / num_slices, slice_idx = blockIdx.x % num_slices;
-  if (row >= p.rows) {  // the CTAs after those of the rows: requests that have none
-    finish_empty_requests(p, (blockIdx.x - p.rows * num_slices) * kScanThreads + threadIdx.x);
+  const int32_t num_slices = gridDim.x, slice_idx = blockIdx.x;
+  const int32_t row = blockIdx.z * gridDim.y + blockIdx.y;  // rows * num_slices is below 2^31
+  if (row >= p.rows) {                                      // the CTAs after those of the rows: requests that have none
+    finish_empty_requests(p, ((row - p.rows) * num_slices + slice_idx) * kScanThreads + threadIdx.x);
     return;
   }
-  // Masked rows are judged by any rule: their loads need not wait for the search of their request.
-  const bool is_masked = p.is_masked[row] && row >= p.cu_seqlens[0] && row < p.cu_seqlens[p.batch];
+  // Masked rows are judged by any rule: their loads need not wait for the search of their request. One round of loads.
+  const int32_t rows_begin = p.cu_seqlens[0], rows_end = p.cu_seqlens[p.batch];
+  const bool is_masked = p.is_masked[row] & (row >= rows_begin) & (row < rows_end);
   int32_t request = -1;
   bool is_last;
   if (!is_masked) {
@@ -334,7 +339,7 @@ __global__ void __launch_bounds__(kScanThreads, kDraws ? (sizeof(T) == 4 ? 2 : 3
     slice.load(static_cast<const T*>(p.logits) + row * p.logits_row_stride, slice_idx, static_cast<uint32_t>(p.vocab));
     if (is_masked) request = find_request(p, row);
     if (request < 0) return;  // cu_seqlens does not ascend
-    scan_slice<T, kDraws>(p, sm, slice, row, request, commit_workspace(p).parts);
+    scan_slice<T, kDraws>(p, sm, slice, row, request, commit_workspace(p).parts + (row * num_slices + slice_idx));
     is_last = arrive(p, sm, request, 1, num_slices);
   } else {
     if (slice_idx != 0) return;

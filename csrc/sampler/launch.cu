@@ -1,4 +1,6 @@
 // Launchers of commit_ and gumbel_noise_.
+#include <algorithm>
+
 #include "sampler/kernel.cuh"
 
 namespace nld {
@@ -6,12 +8,17 @@ namespace {
 
 template <class T>
 LaunchError commit(const CommitParams& p, void* stream) {
-  const int64_t grid = p.rows * commit_num_slices(p.vocab) + (p.batch + kScanThreads - 1) / kScanThreads;
-  if (grid > INT32_MAX) return "rows * ceil(vocab / 8192) must be below 2^31";
+  const int64_t slices = commit_num_slices(p.vocab);
+  // Rows, and after them as many more as requests without rows may need (a thread each).
+  const int64_t rows = p.rows + (p.batch + slices * kScanThreads - 1) / (slices * kScanThreads);
+  if (rows * slices > INT32_MAX) return "rows * ceil(vocab / 8192) must be below 2^31";
+  constexpr int64_t kMaxY = 65535;
+  const dim3 grid(static_cast<unsigned>(slices), static_cast<unsigned>(std::min(rows, kMaxY)),
+                  static_cast<unsigned>((rows + kMaxY - 1) / kMaxY));
   if (p.temperature != nullptr) {
-    NLD_LAUNCH((commit_kernel<T, true>), static_cast<unsigned>(grid), kScanThreads, sizeof(CommitSmem), stream, p);
+    NLD_LAUNCH((commit_kernel<T, true>), grid, kScanThreads, sizeof(CommitSmem), stream, p);
   } else {
-    NLD_LAUNCH((commit_kernel<T, false>), static_cast<unsigned>(grid), kScanThreads, sizeof(CommitSmem), stream, p);
+    NLD_LAUNCH((commit_kernel<T, false>), grid, kScanThreads, sizeof(CommitSmem), stream, p);
   }
   return launch_result();
 }
