@@ -24,6 +24,7 @@ import test_attention_mma
 import test_attention_plan
 import test_kv_cache
 import test_sampler
+import test_sampler_kernel
 from cases import ATTENTION_CORRECT, CAUSAL, FULL, AttentionCase, Request
 from conftest import Backend
 from nld_cuda import ops
@@ -99,6 +100,18 @@ def commit_in_slices(b: Backend) -> None:
     test_sampler.test_against_reference(test_sampler.CASES[5], F32, b)
 
 
+def commit_draws(b: Backend) -> None:
+    test_sampler.test_against_reference(test_sampler.CASES[4], F32, b)
+
+
+def commit_unaligned(b: Backend) -> None:
+    test_sampler_kernel.test_alignment_changes_no_bit(F32, b)
+
+
+def commit_long_block(b: Backend) -> None:
+    test_sampler_kernel.test_long_blocks(ops.CommitRule.QUOTA, b)
+
+
 def commit_with_tickets(b: Backend) -> None:
     tickets = torch.zeros(5, dtype=torch.int32)
     data = test_sampler.make(test_sampler.CASES[2]) | {"tickets": tickets}
@@ -143,7 +156,11 @@ BUGS = [
     Bug("plan_no_barrier", plan, RACE),
     Bug("plan_no_barrier", plan, NUMBERS),
     Bug("commit_no_barrier", commit, RACE),
+    Bug("commit_judges_early", commit, RACE),
+    Bug("commit_changes_early", commit_long_block, RACE),
     Bug("scan_lost_tail", commit, NUMBERS),
+    Bug("scan_wrong_neighbour", commit_unaligned, NUMBERS),
+    Bug("scan_bound_too_low", commit_draws, NUMBERS),
     Bug("scan_merge_weight", commit_in_slices, NUMBERS),
     Bug("scan_tie_to_higher_id", ties, NUMBERS),
     Bug("ticket_no_barrier", commit_in_slices, RACE),

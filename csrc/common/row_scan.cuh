@@ -216,7 +216,7 @@ struct RowSlice {
       for (int w = 0; w < 4; ++w) {
         both[w] = words[4 * k + w];
         // Lane 31 is followed by lane 0 of the next vector.
-        const bool wraps = k + 1 < kNumVecs && lane == 0;
+        const bool wraps = k + 1 < kNumVecs && lane == 0 && !NLD_BUG(scan_wrong_neighbour);
         both[4 + w] = __shfl_sync(kFullMask, wraps ? words[4 * ((k + 1) % kNumVecs) + w] : both[w], lane + 1);
         if (k + 1 == kNumVecs && lane == kWarpSize - 1) both[4 + w] = beyond[w];
       }
@@ -401,7 +401,8 @@ __device__ __forceinline__ Choice warp_gumbel(const RowSlice<T>& slice, Next8 ne
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         words[4 * half + i] = drawn.word[i];
-        can_win |= add_rn(values[4 * half + i], gumbel_bound(drawn.word[i])) >= floor;
+        const float bound = NLD_BUG(scan_bound_too_low) ? 0.0f : gumbel_bound(drawn.word[i]);
+        can_win |= add_rn(values[4 * half + i], bound) >= floor;
       }
     }
     if (!__any_sync(kFullMask, can_win)) continue;

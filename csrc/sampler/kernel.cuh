@@ -228,7 +228,7 @@ __device__ __forceinline__ void commit_request(const CommitParams& p, CommitSmem
   bool* const is_masked = in_smem ? sm->is_masked : p.is_masked + rows.begin;
   bool* const commits = in_smem ? sm->commits : ws.commits + rows.begin;
   finish_rows(p, ws, rows, revises, confidence, entropy, is_masked);
-  __syncthreads();
+  if (!NLD_BUG(commit_judges_early)) __syncthreads();
   const RuleInput in = {.num_rows = num_rows,
                         .is_masked = is_masked,
                         .confidence = confidence,
@@ -236,7 +236,7 @@ __device__ __forceinline__ void commit_request(const CommitParams& p, CommitSmem
                         .threshold = p.threshold[request],
                         .quota = p.quota != nullptr ? p.quota[request] : 1};
   judge_request(rule, in, commits);
-  __syncthreads();  // every row is judged before the first one changes
+  if (!NLD_BUG(commit_changes_early)) __syncthreads();  // every row is judged before the first one changes
 
   const float revise_threshold = p.revise_threshold != nullptr ? p.revise_threshold[request] : 0.0f;
   int32_t num_committed = 0, num_remaining = 0, first_masked = INT32_MAX, first_eos = INT32_MAX;
