@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import emulated
 import nld_cuda
 from decode_cases import TinyModel, tiny_model
+from nld_cuda import ops
 from nld_cuda.decode import linear_spec
 from nld_cuda.ops import Purpose
 from oracle import causal_mask
@@ -84,6 +86,21 @@ def test_sampled_modes_follow_the_ar_distribution(
     assert abs(float(exact.sum()) - 1) < 1e-9
     assert (exact > 1e-3).sum() > 30  # many sequences are likely: the test has something to see
     assert abs(chi_square(draw(tiny, mode, 11, **options), exact)) < 4
+
+
+@pytest.mark.parametrize("mode,options", [*SAMPLERS, ("diffusion", {"block_length": 3})], ids=str)
+def test_emulated_kernels_draw_the_same_tokens(
+    tiny: TinyModel, mode: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers decide on CUDA: what was counted above holds there, too."""
+    monkeypatch.setitem(globals(), "DRAWS", 30)
+    expected = draw(tiny, mode, 17, **options)
+    library = emulated.load()
+    library.configure()
+    monkeypatch.setattr(ops, "_nld", library.ops)
+    actual = draw(tiny, mode, 17, **options)
+    assert actual.tokens == expected.tokens
+    assert len(set(map(tuple, actual.tokens))) > 15
 
 
 def test_the_count_would_notice_a_wrong_distribution(tiny: TinyModel, exact: Tensor) -> None:

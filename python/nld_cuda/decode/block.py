@@ -103,6 +103,7 @@ class Block:
             num_committed=self.num_committed,
             num_remaining=self.num_remaining,
             done=self.finished,
+            tickets=state.tickets,
             **options,
         )
 

@@ -86,6 +86,7 @@ class DecodeState:
         forwards: `[batch, 3]` int32, forwards each request took part in, by `Pass`.
         num_emitted, num_accepted: `[batch]` int32, of the latest verify.
         accept_hist: `[batch, widest block]` int32, verify passes by number of accepted drafts.
+        tickets: `[batch]` int32, scratch that ops leave at zero.
         batch_forwards: the same forwards counted once per batch, on the host.
     """
 
@@ -144,6 +145,7 @@ class DecodeState:
         self.force_tokens = per_request([r.end_think_token_id or 0 for r in requests], torch.int64)
         self.forwards = zeros(batch, len(Pass))
         self.num_emitted, self.num_accepted = zeros(batch), zeros(batch)
+        self.tickets = zeros(batch)
         self.accept_hist = zeros(batch, max(block_len, 1))
         self.batch_forwards = ForwardCounts()
         # Known before the first step, so that a step can leave out what no request asks for.
