@@ -146,25 +146,25 @@ RULES: list[Rule] = [
     # ---- commit: all loads of a thread's 32 ids in flight (the aligned and the general path each);
     # 4 CTAs of a greedy scan, so that one block of 32 rows x 131072 is resident at once.
     Rule(
-        r"commit_kernel<b?f16, 0>",
+        r"commit_kernel<b?f16, false>",
         min_ctas={"all": 4},
         instructions={LOAD_16: 2 * 4, "MUFU.EX2": 32},
         dynamic_smem=lambda name: COMMIT_SMEM,
     ),
     Rule(
-        r"commit_kernel<float, 0>",
+        r"commit_kernel<float, false>",
         min_ctas={"all": 4},
         instructions={LOAD_16: 2 * 8, "MUFU.EX2": 32},
         dynamic_smem=lambda name: COMMIT_SMEM,
     ),
     Rule(
-        r"commit_kernel<b?f16, 1>",
+        r"commit_kernel<b?f16, true>",
         min_ctas={"all": 3},
         instructions={LOAD_16: 2 * 4, "MUFU.EX2": 32},
         dynamic_smem=lambda name: COMMIT_SMEM,
     ),
     Rule(
-        r"commit_kernel<float, 1>",
+        r"commit_kernel<float, true>",
         min_ctas={"all": 2},
         instructions={LOAD_16: 2 * 8, "MUFU.EX2": 32},
         dynamic_smem=lambda name: COMMIT_SMEM,
