@@ -12,9 +12,15 @@
 // V are separate steps of one ring, so that while one is multiplied the next two or more are under way, and the
 // smallest ring that does so (48 KiB) leaves room for two CTAs even in 100 KiB; one barrier per step serves both the
 // arrival of a tile and the release of its predecessor's slot. Page numbers are looked up a tile ahead. The maximum
-// rarely grows after the first tiles, so the 64 products that would rescale the sums are mostly branched over. Masks
-// only touch tiles at the edge of what rows see. Which of these pays how much has not been measured: no GPU has run
-// this yet.
+// rarely grows after the first tiles, so the products that would rescale the sums are mostly branched over. Masks only
+// touch tiles at the edge of what rows see.
+//
+// By the machine code, not by a clock (no GPU has run this yet): head_dim 128 on sm_80, one warp and one tile (16 rows,
+// 64 keys) are about 550 instructions, 128 HMMA, 64 LDSM and 34 MUFU among them; at an A100's rates the tensor cores
+// and the reads of shared memory are both busy for 1024 of the cycles. Registers on sm_80, 16 / 64 / 128 rows: 117 /
+// 148 / 149 (head_dim 64), 144 / 179 / 179 (96), 168 / 200 / 202 (128), no spills; up to 243 of 255 where there is room
+// (sm_120). Tried and lost: three CTAs of 64 rows and head_dim 128 (168 registers) spill on every GPU; a loop over
+// unaligned pages inside the kernel made it half as long again.
 #pragma once
 
 #include "attention/rows.cuh"
@@ -45,9 +51,8 @@ class ItemWorker {
     // The first page numbers are asked for before the mask is known: all modes but one begin there.
     TileLoader<Shape> loader(p_, p_.op.page_table + tile().request * p_.op.page_table_stride, kv_head_, key_end_);
     loader.look_up(key_begin);
-    const RequestMask mask = request_mask(p_.op, tile().request);
-    is_quadratic_ = mask.mode == MaskMode::kQuadratic;
-    hole_begin_ = is_quadratic_ ? row_view(mask, q_row(tile().num_rows - 1)).dense_end : key_end_;
+    is_quadratic_ = p_.op.mask_mode[tile().request] == static_cast<int32_t>(MaskMode::kQuadratic);
+    hole_begin_ = is_quadratic_ ? row_view(group_mask(), 0).dense_end : key_end_;
     const int32_t first_key = next_visible(key_begin);
     if (first_key != key_begin) loader.look_up(first_key);
     WarpRows<T, Shape> rows;
@@ -76,7 +81,7 @@ class ItemWorker {
   // The first tile from `key` on in which a row sees a key. Only groups leave holes: the plan has cut off the ends.
   __device__ __forceinline__ int32_t next_visible(int32_t key) const {
     if (key >= hole_begin_ && key < key_end_) {
-      const RequestMask mask = request_mask(p_.op, tile().request);
+      const RequestMask mask = group_mask();
       const int32_t first_row = q_row(0), last_row = q_row(tile().num_rows - 1);
       const RowView last_view = row_view(mask, last_row);
       while (key < key_end_ && !tile_is_seen(mask, first_row, last_row + 1, last_view, key, key + kTileKeys)) {
@@ -86,9 +91,16 @@ class ItemWorker {
     return key;
   }
 
+  // The request's mask where is_quadratic_; saying so spares the other modes' code.
+  __device__ __forceinline__ RequestMask group_mask() const {
+    RequestMask mask = request_mask(p_.op, tile().request);
+    mask.mode = MaskMode::kQuadratic;
+    return mask;
+  }
+
   // What the warp's row lane % 16 sees.
-  __device__ __forceinline__ RowView view_of_lane() const {
-    return row_view(request_mask(p_.op, tile().request), q_row(warp_row_ + lane_ % 16));
+  __device__ __forceinline__ RowView view_of_lane(const RequestMask& mask) const {
+    return row_view(mask, q_row(warp_row_ + lane_ % 16));
   }
 
   __device__ __forceinline__ void team_sync() const {
@@ -162,7 +174,7 @@ class ItemWorker {
 
     // Meanwhile: what the warp's rows see. Ends grow with the row, so its first row has the lowest and its last one the
     // highest.
-    const int32_t dense_end = view_of_lane().dense_end;
+    const int32_t dense_end = view_of_lane(request_mask(p_.op, tile().request)).dense_end;
     const int32_t unmasked_end = min(key_end_, __shfl_sync(kFullMask, dense_end, 0));
     const int32_t last_end = __shfl_sync(kFullMask, dense_end, 15);
     const int32_t warp_end = is_quadratic_ ? key_end_ : min(key_end_, last_end);
@@ -222,12 +234,12 @@ class ItemWorker {
 
   // The keys of [key, key + 64) that row lane % 16 sees as members of groups.
   __device__ __forceinline__ uint64_t group_bits(int32_t key) const {
-    const RequestMask mask = request_mask(p_.op, tile().request);
+    const RequestMask mask = group_mask();
     uint64_t heads = __ballot_sync(kFullMask, is_group_head(mask, key + lane_));
     if constexpr (Shape::kWarpKeys > kWarpSize) {
       heads |= static_cast<uint64_t>(__ballot_sync(kFullMask, is_group_head(mask, key + kWarpSize + lane_))) << 32;
     }
-    return visible_bits(view_of_lane(), heads, key);
+    return visible_bits(view_of_lane(mask), heads, key);
   }
 
   __device__ __forceinline__ RowPlace place(int row) const {
