@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import emulated
 from compare import COMPILE_BACKEND, assert_equal
 from nld_cuda import ops, reference
 from nld_cuda.ops import VerifyMode
@@ -128,6 +129,8 @@ CASES = [
     Case((6, 6, 6, 6, 6, 6, 6, 6), 1000, torch.float16, draft_probs=False),
     Case((1, 3, 2, 2), 2 * 16384 + 2049, torch.bfloat16),
     Case((2, 2, 3, 1), 16384, draft_probs=False),
+    Case((2, 3, 2, 1), 2 * 8192 + 3, torch.float16),  # rows at multiples of 16 bytes
+    Case((1, 2, 2, 2), 8192 - 5, torch.bfloat16, draft_probs=False),
     Case((0, 0), 7),
 ]
 
@@ -152,6 +155,49 @@ def test_random_batches(case: Case, backend) -> None:
             args["force_positions"] = first + torch.randint(-1, 6, (batch,), dtype=torch.int32)
             args["force_tokens"] = torch.randint(0, case.vocab, (batch,))
         check(args, backend.device)
+
+
+def test_long_requests(backend) -> None:
+    """The walk over more rows than a warp has lanes, ended at every place around that number."""
+    counts = [33, 34, 65, 32, 31, 70, 1, 64]
+    for refused in (None, 31, 32, 63):
+        args = make(counts, 5, [GREEDY, SAMPLED] * 4, agreement=2.0)
+        begins = args["cu_seqlens"].tolist()
+        for begin, n in zip(begins, counts, strict=False):
+            if refused is not None and n > refused + 1:
+                args["block_tokens"][begin + refused + 1] = -1
+        args["max_out_lens"][:] = 100
+        args["out_tokens"] = torch.full((8, 100), UNTOUCHED)
+        args["eos_token_ids"] = torch.full((8, 1), -1)
+        args["verify_mode"][5] = COMMIT
+        result = check(args, backend.device)
+        kept = [min(n - 1, n if refused is None else refused) for n in counts]
+        kept[5] = 69
+        assert result["num_accepted"].tolist() == kept
+
+
+def test_many_requests(backend) -> None:
+    """More requests than a CTA has threads."""
+    counts = [b % 3 for b in range(300)]
+    check(make(counts, 4, [b % 4 for b in range(300)]), backend.device)
+
+
+def test_tickets_are_zero_again(backend) -> None:
+    """The scratch memory serves one call after the other, in any order of the threads."""
+    counts = [3, 0, 5, 1, 2, 4]
+    tickets = torch.zeros(len(counts), dtype=torch.int32, device=backend.device)
+    for order in emulated.ORDERS if backend.name == "emulated" else ("",):
+        for seed in range(3):
+            if order:
+                emulated.configure(order=order, seed=seed)
+            args = make(counts, 8192 + 9, [2, 0, 1, 2, 3, 2], draft_probs=seed != 1)
+            args["done"][5] = seed == 2
+            actual, expected = clone(args, backend.device), clone(args, "cpu")
+            call(ops.verify_, actual | {"tickets": tickets})
+            call(reference.verify_, expected)
+            for name in (*MUTATED[:-1], *COUNTS):
+                assert_equal(actual[name], expected[name], f"{name}, {order} {seed}")
+            assert not tickets.any()
 
 
 def test_odd_logits(backend) -> None:
@@ -413,6 +459,7 @@ def full_arguments() -> Arguments:
     args["banned_token_ids"] = torch.tensor([7])
     args["force_positions"] = torch.tensor([-1, 5, -1], dtype=torch.int32)
     args["force_tokens"] = torch.tensor([0, 1, 2])
+    args["tickets"] = torch.zeros(3, dtype=torch.int32)
     return args
 
 
@@ -474,6 +521,7 @@ def test_compiles_with_dynamic_shapes() -> None:
         ({"eos_token_ids": lambda t: t[:, :1]}, "eos_token_ids must be contiguous"),
         ({"banned_token_ids": lambda t: t.int()}, "banned_token_ids must be int64"),
         ({"num_emitted": lambda t: t.long()}, "num_emitted must be int32"),
+        ({"tickets": lambda t: t[1:]}, r"tickets must have size 3 \(batch of verify_mode\)"),
     ],
 )  # fmt: skip
 def test_bad_arguments(change: dict, message: str) -> None:

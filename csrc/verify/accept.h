@@ -59,44 +59,52 @@ NLD_HD bool is_eos(const VerifyParams& p, int64_t request, int64_t token) {
   return false;
 }
 
-// Drafts accepted: the leading rows whose verdict is kAccepted; under kCommit all of them.
-NLD_HD int64_t count_accepted(const VerifyParams& p, int64_t request, VerifyRows rows, const int64_t* verdicts) {
-  if (verify_mode(p, request) == VerifyMode::kCommit) return rows.count - 1;
-  int64_t accepted = 0;
-  while (accepted < rows.count - 1 && verdicts[rows.begin + accepted] == kAccepted) ++accepted;
-  return accepted;
-}
+// The lanes that emit a request's tokens together: one on the CPU, a warp on CUDA (kernel.cuh).
+struct OneLane {
+  static constexpr int kCount = 1;
+  NLD_HD int index() { return 0; }
+  NLD_HD int first(bool holds) { return holds ? 0 : kCount; }  // lowest lane where it holds, else kCount
+};
 
 // Appends accepted drafts and bonus to the output, with the cuts, and moves the request's state on.
-NLD_HD void emit(const VerifyParams& p, int64_t request, const int64_t* verdicts) {
-  p.num_emitted[request] = p.num_accepted[request] = 0;
-  const VerifyRows rows = verify_rows(p, request);
-  if (rows.count == 0) return;
+NLD_HD_CALLS_ARGUMENT
+template <class Lanes>
+NLD_HD void emit(const VerifyParams& p, int64_t request, VerifyRows rows, int64_t accepted, int64_t bonus) {
   const bool commit = verify_mode(p, request) == VerifyMode::kCommit;
-  const int64_t accepted = count_accepted(p, request, rows, verdicts);
   const int64_t limit = p.max_out_lens[request] < p.capacity ? p.max_out_lens[request] : p.capacity;
   const int64_t length = p.out_lens[request];
+  const int32_t force_place = p.force_positions != nullptr ? p.force_positions[request] : -1;
   int64_t* out = p.out_tokens + request * p.out_tokens_stride;
-  int32_t force_place = p.force_positions != nullptr ? p.force_positions[request] : -1;
   // The seed is emitted already; only a finished diffusion block may bring in one that ends the request.
   bool ended = commit && is_eos(p, request, p.block_tokens[rows.begin]);
-  int64_t emitted = 0;
-  while (emitted <= accepted && !ended && length + emitted < limit) {
-    const bool is_bonus = emitted == accepted;
-    const int64_t token = is_bonus ? verdicts[rows.begin + accepted] : p.block_tokens[rows.begin + emitted + 1];
-    if (force_place >= 0 && token == p.force_tokens[request] && p.positions[rows.begin + emitted] + 1 <= force_place) {
-      force_place = -1;
+  bool lifts_force = false;
+  int64_t num_emitted = ended ? 0 : limit - length;  // so far: the room there is
+  if (num_emitted > accepted + 1) num_emitted = accepted + 1;
+  if (num_emitted < 0) num_emitted = 0;
+  for (int64_t i = 0; i < num_emitted; i += Lanes::kCount) {
+    const int64_t mine = i + Lanes::index();
+    const bool is_bonus = mine == accepted;
+    int64_t token = bonus;
+    if (mine < accepted) token = p.block_tokens[rows.begin + mine + 1];
+    const int eos = Lanes::first(mine < num_emitted && is_eos(p, request, token) && !(is_bonus && commit));
+    if (eos < Lanes::kCount) {
+      ended = true;
+      num_emitted = i + eos + 1;
     }
-    out[length + emitted] = token;
-    p.next_tokens[request] = token;
-    ended = is_eos(p, request, token) && !(is_bonus && commit);
-    ++emitted;
+    const bool is_emitted = mine < num_emitted;
+    if (is_emitted) out[length + mine] = token;
+    if (mine == num_emitted - 1) p.next_tokens[request] = token;
+    const bool lifts = is_emitted && force_place >= 0 && token == p.force_tokens[request] &&
+                       p.positions[rows.begin + mine] + 1 <= force_place;
+    if (Lanes::first(lifts) < Lanes::kCount) lifts_force = true;
   }
-  if (p.force_positions != nullptr) p.force_positions[request] = force_place;
-  if (ended || length + emitted >= limit) p.done[request] = true;
-  p.out_lens[request] = static_cast<int32_t>(length + emitted);
-  p.seq_lens[request] -= static_cast<int32_t>(rows.count - emitted);
-  p.num_emitted[request] = static_cast<int32_t>(emitted);
+  Lanes::first(true);  // every lane has read the state that the first one changes
+  if (Lanes::index() != 0) return;
+  if (lifts_force) p.force_positions[request] = -1;
+  if (ended || length + num_emitted >= limit) p.done[request] = true;
+  p.out_lens[request] = static_cast<int32_t>(length + num_emitted);
+  p.seq_lens[request] -= static_cast<int32_t>(rows.count - num_emitted);
+  p.num_emitted[request] = static_cast<int32_t>(num_emitted);
   p.num_accepted[request] = static_cast<int32_t>(accepted);
 }
 

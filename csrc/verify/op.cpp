@@ -3,8 +3,8 @@
 #include <atomic>
 #include <vector>
 
-#include "common/check.h"
 #include "common/cpu_isa.h"
+#include "common/stream.h"
 #include "verify/accept.h"
 #include "verify/verify.h"
 
@@ -12,14 +12,6 @@ namespace nld {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-
-const VerifyCpu& cpu_kernels() {
-#if defined(NLD_X86)
-  return pick_isa(baseline::verify_cpu, avx2::verify_cpu, avx512::verify_cpu);
-#else
-  return baseline::verify_cpu;
-#endif
-}
 
 void check_together(const char* op, const char* name, bool given, const char* needed_for, bool needed) {
   if (needed && !given) fail(op, ": ", name, " must be given with ", needed_for, ", got None");
@@ -32,7 +24,7 @@ VerifyParams verify_params(const Tensor& logits, const Tensor& block_tokens, con
                            const OptionalTensor& seed, const OptionalTensor& draft_probs,
                            const OptionalTensor& eos_token_ids, const OptionalTensor& banned_token_ids,
                            const OptionalTensor& force_positions, const OptionalTensor& force_tokens,
-                           const Tensor& num_emitted, const Tensor& num_accepted) {
+                           const OptionalTensor& tickets, const Tensor& num_emitted, const Tensor& num_accepted) {
   const char* op = "verify_";
   const auto [rows, vocab] = shape<2>(op, "logits", logits);
   const auto [capacity_batch, capacity] = shape<2>(op, "out_tokens", out_tokens);
@@ -79,6 +71,7 @@ VerifyParams verify_params(const Tensor& logits, const Tensor& block_tokens, con
   }
   if (force_positions) per_request("force_positions", *force_positions, ScalarType::Int);
   if (force_tokens) per_request("force_tokens", *force_tokens, ScalarType::Long);
+  if (tickets) per_request("tickets", *tickets, ScalarType::Int);
   per_request("num_emitted", num_emitted, ScalarType::Int);
   per_request("num_accepted", num_accepted, ScalarType::Int);
   check_together(op, "positions", positions.has_value(), "temperature", temperature.has_value());
@@ -115,7 +108,19 @@ VerifyParams verify_params(const Tensor& logits, const Tensor& block_tokens, con
           .seq_lens = ptr<int32_t>(seq_lens),
           .done = ptr<bool>(done),
           .num_emitted = ptr<int32_t>(num_emitted),
-          .num_accepted = ptr<int32_t>(num_accepted)};
+          .num_accepted = ptr<int32_t>(num_accepted),
+          .tickets = ptr<int32_t>(tickets),
+          .parts = nullptr,
+          .residual = nullptr};
+}
+
+#if !NLD_EMULATED
+const VerifyCpu& cpu_kernels() {
+#if defined(NLD_X86)
+  return pick_isa(baseline::verify_cpu, avx2::verify_cpu, avx512::verify_cpu);
+#else
+  return baseline::verify_cpu;
+#endif
 }
 
 // One row whose verdict the walk may need.
@@ -206,31 +211,72 @@ void verify_rows_cpu(const VerifyParams& p) {
     const RowTask& task = tasks[residuals[i]];
     verdicts[task.row] = cpu.pick_residual(p, task.request, task.row, &residual_parts[i * slices]);
   }
-  for (int64_t b = 0; b < p.batch; ++b) emit(p, b, verdicts.data());
+  for (int64_t b = 0; b < p.batch; ++b) {
+    p.num_emitted[b] = p.num_accepted[b] = 0;
+    const VerifyRows rows = verify_rows(p, b);
+    if (rows.count == 0) continue;
+    const bool accepts_all = verify_mode(p, b) == VerifyMode::kCommit;
+    int64_t accepted = 0;
+    while (accepted < rows.count - 1 && (accepts_all || verdicts[rows.begin + accepted] == kAccepted)) ++accepted;
+    emit<OneLane>(p, b, rows, accepted, verdicts[rows.begin + accepted]);
+  }
 }
 
 void verify_cpu(Tensor logits, Tensor block_tokens, Tensor cu_seqlens, Tensor verify_mode, Tensor out_tokens,
                 Tensor out_lens, Tensor max_out_lens, Tensor next_tokens, Tensor seq_lens, Tensor done,
                 OptionalTensor positions, OptionalTensor temperature, OptionalTensor seed, OptionalTensor draft_probs,
                 OptionalTensor eos_token_ids, OptionalTensor banned_token_ids, OptionalTensor force_positions,
-                OptionalTensor force_tokens, Tensor num_emitted, Tensor num_accepted) {
+                OptionalTensor force_tokens, OptionalTensor tickets, Tensor num_emitted, Tensor num_accepted) {
   verify_rows_cpu(verify_params(logits, block_tokens, cu_seqlens, verify_mode, out_tokens, out_lens, max_out_lens,
                                 next_tokens, seq_lens, done, positions, temperature, seed, draft_probs, eos_token_ids,
-                                banned_token_ids, force_positions, force_tokens, num_emitted, num_accepted));
+                                banned_token_ids, force_positions, force_tokens, tickets, num_emitted, num_accepted));
 }
+#endif
+
+#if NLD_CUDA
+// Workspace: 16 bytes a row and slice of the vocabulary, 16 a request where drafts come with probabilities.
+void verify_cuda(Tensor logits, Tensor block_tokens, Tensor cu_seqlens, Tensor verify_mode, Tensor out_tokens,
+                 Tensor out_lens, Tensor max_out_lens, Tensor next_tokens, Tensor seq_lens, Tensor done,
+                 OptionalTensor positions, OptionalTensor temperature, OptionalTensor seed, OptionalTensor draft_probs,
+                 OptionalTensor eos_token_ids, OptionalTensor banned_token_ids, OptionalTensor force_positions,
+                 OptionalTensor force_tokens, OptionalTensor tickets, Tensor num_emitted, Tensor num_accepted) {
+  VerifyParams p = verify_params(logits, block_tokens, cu_seqlens, verify_mode, out_tokens, out_lens, max_out_lens,
+                                 next_tokens, seq_lens, done, positions, temperature, seed, draft_probs, eos_token_ids,
+                                 banned_token_ids, force_positions, force_tokens, tickets, num_emitted, num_accepted);
+  if (p.batch == 0) return;
+  const CudaScope scope(logits);
+  const bool weighs_drafts = draft_probs && temperature;
+  const int64_t part_bytes = p.rows * verify_slices(p.vocab) * static_cast<int64_t>(sizeof(VerifyPart));
+  const int64_t task_bytes = weighs_drafts ? p.batch * static_cast<int64_t>(sizeof(ResidualTask)) : 0;
+  const Tensor workspace = torch::stable::new_empty(logits, {part_bytes + task_bytes}, ScalarType::Byte);
+  p.parts = static_cast<VerifyPart*>(workspace.data_ptr());
+  if (weighs_drafts) p.residual = reinterpret_cast<ResidualTask*>(ptr<char>(workspace) + part_bytes);
+  std::optional<Tensor> own_tickets;
+  if (!tickets) {
+    own_tickets = torch::stable::new_zeros(logits, {p.batch}, ScalarType::Int);
+    p.tickets = ptr<int32_t>(own_tickets);
+  }
+  check_launch("verify_", launch_verify(p, scope.stream()));
+}
+#endif
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(nld, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(NLD_NAMESPACE, m) {
   // Not "mode": torch's own machinery (auto_functionalized) has a parameter of that name in the way.
   m.def(
       "verify_(Tensor logits, Tensor block_tokens, Tensor cu_seqlens, Tensor verify_mode, Tensor(a!) out_tokens, "
       "Tensor(b!) out_lens, Tensor max_out_lens, Tensor(c!) next_tokens, Tensor(d!) seq_lens, Tensor(e!) done, *, "
       "Tensor? positions=None, Tensor? temperature=None, Tensor? seed=None, Tensor? draft_probs=None, "
       "Tensor? eos_token_ids=None, Tensor? banned_token_ids=None, Tensor(f!)? force_positions=None, "
-      "Tensor? force_tokens=None, Tensor(g!) num_emitted, Tensor(h!) num_accepted) -> ()");
+      "Tensor? force_tokens=None, Tensor(i!)? tickets=None, Tensor(g!) num_emitted, Tensor(h!) num_accepted) -> ()");
 }
 
+#if !NLD_EMULATED
 STABLE_TORCH_LIBRARY_IMPL(nld, CPU, m) { m.impl("verify_", TORCH_BOX(&verify_cpu)); }
+#endif
+#if NLD_CUDA
+STABLE_TORCH_LIBRARY_IMPL(NLD_NAMESPACE, NLD_CUDA_KEY, m) { m.impl("verify_", TORCH_BOX(&verify_cuda)); }
+#endif
 
 }  // namespace nld

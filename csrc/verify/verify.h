@@ -36,9 +36,32 @@ struct VerifyParams {
   bool* done;                   // [batch], written
   int32_t* num_emitted;         // [batch], written
   int32_t* num_accepted;        // [batch], written
+  // Workspace of the CUDA path, at addresses that are multiples of 16.
+  int32_t* tickets;               // [batch]; zeros, before and after
+  struct VerifyPart* parts;       // [rows, verify_slices(vocab)]
+  struct ResidualTask* residual;  // [batch]; null without draft_probs
 };
 
-// What one slice of a row's vocabulary says; the parts of a row are merged in order.
+// CUDA: what one slice of a row says. A row that races has a best id, a row that weighs its draft has softmax sums, and
+// one whose draft was certain (one-hot) has both: the race is then the one for its residual.
+struct alignas(16) VerifyPart {
+  float best_value;
+  int32_t best_id;  // -1: no allowed finite logit
+  float max, sum;
+};
+
+// CUDA: the bonus token that a request has yet to draw, from max(p - q, 0) at `row`; its accepted drafts are known.
+struct alignas(16) ResidualTask {
+  int32_t accepted;  // -1: nothing to draw
+  float max, sum;    // softmax sums of the row
+  int32_t unused;
+};
+
+int64_t verify_slices(int64_t vocab);
+// On the given cudaStream_t; null, or why the launch failed.
+const char* launch_verify(const VerifyParams&, void* stream);
+
+// CPU: what one slice of a row's vocabulary says; the parts of a row are merged in order.
 struct RowPart {
   float best_value;  // largest logit, or logit plus noise ...
   int64_t best_id;   // ... and its id; -1: no allowed finite logit

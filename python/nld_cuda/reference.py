@@ -511,6 +511,7 @@ def verify_(
     banned_token_ids: Tensor | None = None,
     force_positions: Tensor | None = None,
     force_tokens: Tensor | None = None,
+    tickets: Tensor | None = None,
     num_emitted: Tensor,
     num_accepted: Tensor,
 ) -> None:
