@@ -123,6 +123,33 @@ RULES: list[Rule] = [
         min_ctas={"all": 8},
         dynamic_smem=lambda name: 4096,
     ),
+    # ---- verify: all of a thread's 32 ids are loaded up front, so registers hold what is in flight;
+    # argmax of half types wants the slices of 32 long rows on the machine at once.
+    Rule(
+        r"verify_kernel<b?f16, false>",
+        min_ctas={"all": 4},
+        instructions={LOAD_16: 4},
+    ),
+    Rule(
+        r"verify_kernel<float, false>",
+        min_ctas={"all": 3},
+        instructions={LOAD_16: 8},
+    ),
+    Rule(
+        r"verify_kernel<b?f16, true>",
+        min_ctas={"all": 3},
+        instructions={LOAD_16: 4},
+    ),
+    Rule(
+        r"verify_kernel<float, true>",
+        min_ctas={"all": 2},
+        instructions={LOAD_16: 8},
+    ),
+    Rule(
+        r"verify_residual_kernel<\w+>",  # loads logits and draft probabilities
+        min_ctas={"all": 2},
+        instructions={LOAD_16: 12},
+    ),
     # ---- attention on tensor cores: two CTAs a multiprocessor where a warp's 16 rows allow it; 128
     # rows are 8 warps of one CTA. LDSM and HMMA of one tile of 64 keys (16-row tiles: of 16 keys).
     Rule(

@@ -45,14 +45,14 @@ NLD_HD bool is_forced(const VerifyParams& p, int64_t request, int64_t begin, int
   if (p.force_positions == nullptr) return false;
   const int32_t place = p.force_positions[request];
   if (place < 0 || p.positions[begin + i] + 1 != place) return false;
-  for (int64_t j = 1; j <= i; ++j) {
+  NLD_ROLLED for (int64_t j = 1; j <= i; ++j) {
     if (p.block_tokens[begin + j] == p.force_tokens[request]) return false;
   }
   return true;
 }
 
 NLD_HD bool is_eos(const VerifyParams& p, int64_t request, int64_t token) {
-  for (int64_t i = 0; i < p.num_eos; ++i) {
+  NLD_ROLLED for (int64_t i = 0; i < p.num_eos; ++i) {
     const int64_t eos = p.eos_token_ids[request * p.num_eos + i];
     if (eos >= 0 && eos == token) return true;
   }
@@ -81,7 +81,7 @@ NLD_HD void emit(const VerifyParams& p, int64_t request, VerifyRows rows, int64_
   int64_t num_emitted = ended ? 0 : limit - length;  // so far: the room there is
   if (num_emitted > accepted + 1) num_emitted = accepted + 1;
   if (num_emitted < 0) num_emitted = 0;
-  for (int64_t i = 0; i < num_emitted; i += Lanes::kCount) {
+  NLD_ROLLED for (int64_t i = 0; i < num_emitted; i += Lanes::kCount) {
     const int64_t mine = i + Lanes::index();
     const bool is_bonus = mine == accepted;
     int64_t token = bonus;

@@ -23,7 +23,7 @@ struct VerifySmem {
 
 // CTAs that share an SM: as many as the registers allow without spilling, since each holds its loads in registers.
 template <class T, bool kDraws>
-constexpr int kVerifyCtas = kDraws ? (sizeof(T) == 4 ? 2 : 3) : 4;
+constexpr int kVerifyCtas = (kDraws ? 3 : 4) - (sizeof(T) == 4 ? 1 : 0);
 
 // The lanes of a warp, for emit().
 struct WarpLanes {
@@ -124,10 +124,10 @@ __device__ __forceinline__ void scan_slice(const VerifyParams& p, const RowView&
 __device__ __forceinline__ int32_t lowest_allowed(const VerifyParams& p, VerifySmem* sm) {
   if (threadIdx.x == 0) sm->lowest_allowed = INT32_MAX;
   __syncthreads();
-  for (int64_t first = 0; first < p.vocab; first += kScanThreads) {
+  NLD_ROLLED for (int64_t first = 0; first < p.vocab; first += kScanThreads) {
     const int64_t id = first + threadIdx.x;
     bool allowed = id < p.vocab;
-    for (int64_t i = 0; i < p.num_banned; ++i) allowed &= p.banned_token_ids[i] != id;
+    NLD_ROLLED for (int64_t i = 0; i < p.num_banned; ++i) allowed &= p.banned_token_ids[i] != id;
     if (allowed) atomicMin(&sm->lowest_allowed, static_cast<int>(id));
     if (__syncthreads_or(allowed)) return sm->lowest_allowed;
   }
@@ -190,7 +190,8 @@ __device__ __forceinline__ void judge_request(const VerifyParams& p, const RowVi
     const RowSums row = merge_parts<kDraws>(parts, slices);
     bool banned = false;
     if (kDraws) {
-      for (int64_t i = in_group; i < p.num_banned; i += kVerdictLanes) banned |= p.banned_token_ids[i] == draft;
+      NLD_ROLLED for (int64_t i = in_group; i < p.num_banned; i += kVerdictLanes) banned |=
+          p.banned_token_ids[i] == draft;
       const unsigned votes = __ballot_sync(kFullMask, banned) >> (lane - in_group);
       banned = (votes & ((1u << kVerdictLanes) - 1)) != 0;
     }
@@ -244,7 +245,8 @@ __device__ __forceinline__ void leave_alone(const VerifyParams& p, int64_t reque
 // Why: a step has few rows (1 to 32 a request), so a row must be shared by many SMs; the end of the work is known only
 // on the device, and a second launch costs more than a ticket.
 template <class T, bool kDraws>
-__global__ void __launch_bounds__(kScanThreads, kVerifyCtas<T, kDraws>) verify_kernel(const __grid_constant__ VerifyParams p) {
+__global__ void __launch_bounds__(kScanThreads, kVerifyCtas<T, kDraws>)
+    verify_kernel(const __grid_constant__ VerifyParams p) {
   NLD_DYNAMIC_SMEM(VerifySmem, sm);
   const int32_t row = static_cast<int32_t>(blockIdx.x);
   const uint32_t slice = blockIdx.y, slices = gridDim.y;
@@ -277,6 +279,34 @@ __global__ void __launch_bounds__(kScanThreads, kVerifyCtas<T, kDraws>) verify_k
   judge_request<T, kDraws>(p, view, static_cast<int>(slices), sm);
 }
 
+// The draft probabilities of the ids a thread holds, in their order.
+template <class T>
+struct ProbSlice {
+  float values[kScanIds];
+
+  __device__ __forceinline__ void load(const float* row, const RowSlice<T>& slice, uint32_t vocab) {
+    const bool aligned = reinterpret_cast<uintptr_t>(row) % 16 == 0;
+#pragma unroll
+    for (int i = 0; i < kScanIds; i += 4) {
+      const uint32_t id = slice.id(i);
+      if (aligned && id + 4 <= vocab) {
+        const float4 v = __ldg(reinterpret_cast<const float4*>(row + id));
+        values[i] = v.x;
+        values[i + 1] = v.y;
+        values[i + 2] = v.z;
+        values[i + 3] = v.w;
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) values[i + e] = id + e < vocab ? __ldg(row + id + e) : 0.0f;
+      }
+    }
+  }
+  __device__ __forceinline__ void move_up8() {  // as RowSlice::take8()
+#pragma unroll
+    for (int i = 0; i + 8 < kScanIds; ++i) values[i] = values[i + 8];
+  }
+};
+
 // log(max(p - q, 0)) with p = exp(logit - top) / sum. NaN and negative draft probabilities count as 0.
 __device__ __forceinline__ float log_residual(float logit, float q, float top, float inverse_sum) {
   const float mass = mul_rn(expf(fmaxf(logit - top, -100.0f)), inverse_sum) - fmaxf(q, 0.0f);
@@ -289,7 +319,7 @@ __device__ __forceinline__ float log_residual(float logit, float q, float top, f
 // Traffic: vocab * (sizeof(T) + 4) per request that refused a draft.
 // A launch of its own, since p needs the sums of the whole row; one CTA would take about ten times as long.
 template <class T>
-__global__ void __launch_bounds__(kScanThreads, kVerifyCtas<T, true>) verify_residual_kernel(const __grid_constant__ VerifyParams p) {
+__global__ void __launch_bounds__(kScanThreads, 2) verify_residual_kernel(const __grid_constant__ VerifyParams p) {
   NLD_DYNAMIC_SMEM(VerifySmem, sm);
   const int32_t request = static_cast<int32_t>(blockIdx.x);
   const uint32_t slice_idx = blockIdx.y, slices = gridDim.y, vocab = static_cast<uint32_t>(p.vocab);
@@ -305,17 +335,16 @@ __global__ void __launch_bounds__(kScanThreads, kVerifyCtas<T, true>) verify_res
   RowSlice<T> slice;
   slice.load(logits_row<T>(p, row), slice_idx, vocab);
   const uint32_t left_out = slice.banned_mask(p.banned_token_ids, p.num_banned);
-  int element = 0;
+  ProbSlice<T> probs;
+  probs.load(draft_probs, slice, vocab);
   const auto next8 = [&](float (&next)[8]) {
     slice.take8(next);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const uint32_t id =
-          slice.first + (element + i) / RowSlice<T>::kVec * RowSlice<T>::kVecStride + (element + i) % RowSlice<T>::kVec;
       const float logit = fminf(mul_rn(clean_logit(next[i]), scale), kScanMaxFloat);
-      next[i] = id < vocab ? log_residual(logit, draft_probs[id], task.max, inverse_sum) : -kScanInf;
+      next[i] = log_residual(logit, probs.values[i], task.max, inverse_sum);
     }
-    element += 8;
+    probs.move_up8();
   };
   Choice best = warp_gumbel(slice, next8, 1.0f, key, left_out, -kScanInf);
   if (lane == 0) sm->best[warp] = best;

@@ -24,7 +24,7 @@ VerifyParams verify_params(const Tensor& logits, const Tensor& block_tokens, con
                            const OptionalTensor& seed, const OptionalTensor& draft_probs,
                            const OptionalTensor& eos_token_ids, const OptionalTensor& banned_token_ids,
                            const OptionalTensor& force_positions, const OptionalTensor& force_tokens,
-                           const OptionalTensor& tickets, const Tensor& num_emitted, const Tensor& num_accepted) {
+                           const Tensor& num_emitted, const Tensor& num_accepted, const OptionalTensor& tickets) {
   const char* op = "verify_";
   const auto [rows, vocab] = shape<2>(op, "logits", logits);
   const auto [capacity_batch, capacity] = shape<2>(op, "out_tokens", out_tokens);
@@ -226,10 +226,10 @@ void verify_cpu(Tensor logits, Tensor block_tokens, Tensor cu_seqlens, Tensor ve
                 Tensor out_lens, Tensor max_out_lens, Tensor next_tokens, Tensor seq_lens, Tensor done,
                 OptionalTensor positions, OptionalTensor temperature, OptionalTensor seed, OptionalTensor draft_probs,
                 OptionalTensor eos_token_ids, OptionalTensor banned_token_ids, OptionalTensor force_positions,
-                OptionalTensor force_tokens, OptionalTensor tickets, Tensor num_emitted, Tensor num_accepted) {
+                OptionalTensor force_tokens, Tensor num_emitted, Tensor num_accepted, OptionalTensor tickets) {
   verify_rows_cpu(verify_params(logits, block_tokens, cu_seqlens, verify_mode, out_tokens, out_lens, max_out_lens,
                                 next_tokens, seq_lens, done, positions, temperature, seed, draft_probs, eos_token_ids,
-                                banned_token_ids, force_positions, force_tokens, tickets, num_emitted, num_accepted));
+                                banned_token_ids, force_positions, force_tokens, num_emitted, num_accepted, tickets));
 }
 #endif
 
@@ -239,10 +239,10 @@ void verify_cuda(Tensor logits, Tensor block_tokens, Tensor cu_seqlens, Tensor v
                  Tensor out_lens, Tensor max_out_lens, Tensor next_tokens, Tensor seq_lens, Tensor done,
                  OptionalTensor positions, OptionalTensor temperature, OptionalTensor seed, OptionalTensor draft_probs,
                  OptionalTensor eos_token_ids, OptionalTensor banned_token_ids, OptionalTensor force_positions,
-                 OptionalTensor force_tokens, OptionalTensor tickets, Tensor num_emitted, Tensor num_accepted) {
+                 OptionalTensor force_tokens, Tensor num_emitted, Tensor num_accepted, OptionalTensor tickets) {
   VerifyParams p = verify_params(logits, block_tokens, cu_seqlens, verify_mode, out_tokens, out_lens, max_out_lens,
                                  next_tokens, seq_lens, done, positions, temperature, seed, draft_probs, eos_token_ids,
-                                 banned_token_ids, force_positions, force_tokens, tickets, num_emitted, num_accepted);
+                                 banned_token_ids, force_positions, force_tokens, num_emitted, num_accepted, tickets);
   if (p.batch == 0) return;
   const CudaScope scope(logits);
   const bool weighs_drafts = draft_probs && temperature;
@@ -269,7 +269,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(NLD_NAMESPACE, m) {
       "Tensor(b!) out_lens, Tensor max_out_lens, Tensor(c!) next_tokens, Tensor(d!) seq_lens, Tensor(e!) done, *, "
       "Tensor? positions=None, Tensor? temperature=None, Tensor? seed=None, Tensor? draft_probs=None, "
       "Tensor? eos_token_ids=None, Tensor? banned_token_ids=None, Tensor(f!)? force_positions=None, "
-      "Tensor? force_tokens=None, Tensor(i!)? tickets=None, Tensor(g!) num_emitted, Tensor(h!) num_accepted) -> ()");
+      "Tensor? force_tokens=None, Tensor(g!) num_emitted, Tensor(h!) num_accepted, Tensor(i!)? tickets=None) -> ()");
 }
 
 #if !NLD_EMULATED

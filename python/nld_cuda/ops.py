@@ -550,9 +550,9 @@ def verify_(
     banned_token_ids: Tensor | None = None,
     force_positions: Tensor | None = None,
     force_tokens: Tensor | None = None,
-    tickets: Tensor | None = None,
     num_emitted: Tensor | None = None,
     num_accepted: Tensor | None = None,
+    tickets: Tensor | None = None,
 ) -> VerifyResult:
     """Accept drafted tokens, emit them with one bonus token, and roll the cache length back.
 
@@ -602,11 +602,11 @@ def verify_(
         force_positions: `[batch]` int32: at this place the target is the forced token with
             certainty; -1: nowhere. Written: -1 once that token has been emitted there or before.
         force_tokens: `[batch]` int64; needed with force_positions, and only then.
-        tickets: `[batch]` int32, zeros on entry and on return: scratch memory of the CUDA kernels,
-            one per stream. A caller that keeps one saves a launch. None: allocated.
         num_emitted: `[batch]` int32; written: tokens appended. Allocated when None.
         num_accepted: `[batch]` int32; written: drafts accepted, before any cut. Allocated when
             None.
+        tickets: `[batch]` int32 zeros, zeros again on return: scratch memory of the CUDA kernels,
+            for one stream. A caller that keeps it saves a launch. None: allocated.
 
     Returns:
         num_emitted and num_accepted.
@@ -626,8 +626,8 @@ def verify_(
         logits, block_tokens, cu_seqlens, verify_mode, out_tokens, out_lens, max_out_lens,
         next_tokens, seq_lens, done, positions=positions, temperature=temperature, seed=seed,
         draft_probs=draft_probs, eos_token_ids=eos_token_ids, banned_token_ids=banned_token_ids,
-        force_positions=force_positions, force_tokens=force_tokens, tickets=tickets,
-        num_emitted=num_emitted, num_accepted=num_accepted,
+        force_positions=force_positions, force_tokens=force_tokens, num_emitted=num_emitted,
+        num_accepted=num_accepted, tickets=tickets,
     )  # fmt: skip
     return VerifyResult(num_emitted, num_accepted)
 
@@ -636,5 +636,5 @@ def verify_(
 def _(logits, block_tokens, cu_seqlens, verify_mode, out_tokens, out_lens, max_out_lens,
       next_tokens, seq_lens, done, *, positions=None, temperature=None, seed=None, draft_probs=None,
       eos_token_ids=None, banned_token_ids=None, force_positions=None, force_tokens=None,
-      tickets=None, num_emitted, num_accepted):  # fmt: skip
+      num_emitted, num_accepted, tickets=None):  # fmt: skip
     return None

@@ -511,9 +511,9 @@ def verify_(
     banned_token_ids: Tensor | None = None,
     force_positions: Tensor | None = None,
     force_tokens: Tensor | None = None,
-    tickets: Tensor | None = None,
     num_emitted: Tensor,
     num_accepted: Tensor,
+    tickets: Tensor | None = None,
 ) -> None:
     """Accept drafts, emit them and a bonus token, cut at EOS and budget, roll seq_lens back."""
     vocab = logits.shape[1]
