@@ -123,7 +123,7 @@ RULES: list[Rule] = [
         min_ctas={"all": 8},
         dynamic_smem=lambda name: 4096,
     ),
-    # ---- verify: all of a thread's 32 ids are loaded up front, so registers hold what is in flight;
+    # ---- verify: a thread loads its 32 ids up front, so registers hold what is in flight; the
     # argmax of half types wants the slices of 32 long rows on the machine at once.
     Rule(
         r"verify_kernel<b?f16, false>",
