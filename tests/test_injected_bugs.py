@@ -25,6 +25,7 @@ import test_attention_plan
 import test_kv_cache
 import test_sampler
 import test_sampler_kernel
+import test_verify
 from cases import ATTENTION_CORRECT, CAUSAL, FULL, AttentionCase, Request
 from conftest import Backend
 from nld_cuda import ops
@@ -126,6 +127,20 @@ def ties(b: Backend) -> None:
     assert candidates.tolist() == [5, 5]
 
 
+def verify(b: Backend) -> None:
+    modes = [test_verify.GREEDY, test_verify.SAMPLED, test_verify.REJECTION]
+    test_verify.check(test_verify.make([3, 4, 5], 8200, modes))
+
+
+def verify_certain_drafts(b: Backend) -> None:
+    modes = [test_verify.REJECTION] * 20
+    test_verify.check(test_verify.make([2] * 20, 3, modes, draft_probs=False))
+
+
+def verify_with_tickets(b: Backend) -> None:
+    test_verify.test_tickets_are_zero_again(b)
+
+
 BUGS = [
     Bug("rope_no_barrier", rope, RACE),
     Bug("rope_lost_tail", rope, NUMBERS),
@@ -167,6 +182,14 @@ BUGS = [
     Bug("ticket_no_release", commit, RACE),
     Bug("ticket_no_acquire", commit, RACE),
     Bug("ticket_not_reset", commit_with_tickets, NUMBERS),
+    Bug("ticket_not_reset", verify_with_tickets, NUMBERS),
+    Bug("ticket_no_release", verify, RACE),
+    Bug("ticket_no_acquire", verify, RACE),
+    Bug("verify_no_barrier", verify, RACE),
+    Bug("verify_walk_no_barrier", verify, RACE),
+    Bug("verify_accepts_too_few", verify, NUMBERS),
+    Bug("verify_rolls_back_too_few", verify, NUMBERS),
+    Bug("verify_residual_keeps_draft", verify_certain_drafts, NUMBERS),
 ]
 
 

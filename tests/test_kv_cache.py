@@ -273,6 +273,34 @@ def test_compact_with_entries_beyond_the_table(backend) -> None:
         assert_equal(cache, before, "cache")
 
 
+def test_traffic_of_rope_append(traffic) -> None:
+    """Queries are read and written once, keys and values read once and written where they fit."""
+    case = Case(33, 8, 2, 64, 16)
+    written = 24  # every fourth token has no slot
+    per_head = case.dim * 2
+    for name, read, wrote in (
+        ("qkv", 33 * (8 + 2 * 2) * per_head, 33 * 8 * per_head),
+        ("k_cache", 0, written * 2 * per_head),
+        ("v_cache", 0, written * 2 * per_head),
+    ):
+        data = make(case, torch.bfloat16, "cpu")
+        assert int((data["slot_mapping"] >= 0).sum()) == written
+        with traffic(data[name]) as counted:
+            run(ops.rope_append_, case, data)
+        assert (counted.read_bytes, counted.written_bytes) == (read, wrote), name
+
+
+def test_traffic_of_compact(traffic) -> None:
+    """Entries that move are read once and written once; the leading ones stay and cost nothing."""
+    cache, other = torch.randn(3, 4, 4, 2, 8), torch.randn(3, 4, 4, 2, 8)
+    ints = ([[0, 1], [3, 2]], [1, 0], [[0, 1, 3, 5], [0, 2, 9, 9]], [4, 2])
+    moves = 2 + 1
+    with traffic(cache) as counted:
+        ops.compact_(cache, other, *(torch.tensor(i, dtype=torch.int32) for i in ints))
+    moved = moves * 3 * 2 * 8 * 4
+    assert (counted.read_bytes, counted.written_bytes) == (moved, moved)
+
+
 def test_opcheck() -> None:
     case = CASES[1]
     data = make(case, torch.float32, "cpu")

@@ -450,6 +450,50 @@ def test_bits_do_not_depend_on_the_thread_count() -> None:
             assert_equal(other[name], results[0][name], name)
 
 
+# ---- traffic of the CUDA kernels ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_traffic(dtype: torch.dtype, traffic) -> None:
+    """Every row that can matter is read once; the others, and requests that are done, never."""
+    vocab = 8192 + 24
+    modes = [GREEDY, SAMPLED, COMMIT, GREEDY, SAMPLED, COMMIT]
+    args = make([3, 2, 4, 3, 0, 2], vocab, modes, dtype=dtype)
+    args["done"][[3, 5]] = True
+    args["force_positions"] = torch.full((6,), -1, dtype=torch.int32)
+    args["force_tokens"] = torch.zeros(6, dtype=torch.int64)
+    args["force_positions"][0] = args["positions"][1] + 1  # the target of row 1
+    args["block_tokens"][1] = 1
+    rows = 2 + 2 + 1  # two of request 0, two of request 1, the bonus row of request 2
+    for name, read in (("logits", rows * vocab * dtype.itemsize), ("draft_probs", 0)):
+        step = clone(args, "cpu")
+        with traffic(step[name]) as counted:
+            call(ops.verify_, step)
+        assert (counted.read_bytes, counted.written_bytes) == (read, 0), name
+
+
+@pytest.mark.parametrize("certain", [False, True])
+def test_traffic_of_rejection(certain: bool, traffic) -> None:
+    """A refused draft costs one more row of logits and of probabilities, unless it was certain."""
+    vocab, counts = 8192 + 24, [3, 2, 1]
+    args = make(counts, vocab, [REJECTION] * 3, draft_probs=not certain)
+    args["temperature"][:] = 1.0
+    args["block_tokens"][[1, 4]] = torch.tensor([7, 9])
+    args["logits"][0, 7] = args["logits"][3, 9] = -torch.inf  # so both requests refuse
+    step = clone(args, "cpu")
+    with traffic(step["logits"]) as counted:
+        call(ops.verify_, step)
+    drafts = sum(counts) - len(counts)  # the logit of each is looked up
+    refused = 0 if certain else 2
+    assert step["num_accepted"].tolist() == [0, 0, 0]
+    assert counted.read_bytes == ((sum(counts) + refused) * vocab + drafts) * 4
+    if not certain:
+        step = clone(args, "cpu")
+        with traffic(step["draft_probs"]) as counted:
+            call(ops.verify_, step)
+        assert counted.read_bytes == (refused * vocab + drafts) * 4
+
+
 # ---- the torch side ----------------------------------------------------------------------------
 
 

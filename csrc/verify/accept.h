@@ -64,6 +64,7 @@ struct OneLane {
   static constexpr int kCount = 1;
   NLD_HD int index() { return 0; }
   NLD_HD int first(bool holds) { return holds ? 0 : kCount; }  // lowest lane where it holds, else kCount
+  NLD_HD void sync() {}                                        // what lanes read and wrote before comes first
 };
 
 // Appends accepted drafts and bonus to the output, with the cuts, and moves the request's state on.
@@ -98,7 +99,7 @@ NLD_HD void emit(const VerifyParams& p, int64_t request, VerifyRows rows, int64_
                        p.positions[rows.begin + mine] + 1 <= force_place;
     if (Lanes::first(lifts) < Lanes::kCount) lifts_force = true;
   }
-  Lanes::first(true);  // every lane has read the state that the first one changes
+  Lanes::sync();  // every lane has read the state that the first one changes
   if (Lanes::index() != 0) return;
   if (lifts_force) p.force_positions[request] = -1;
   if (ended || length + num_emitted >= limit) p.done[request] = true;

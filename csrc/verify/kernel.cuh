@@ -33,6 +33,7 @@ struct WarpLanes {
     const unsigned lanes = __ballot_sync(kFullMask, holds);
     return lanes != 0 ? __ffs(static_cast<int>(lanes)) - 1 : kCount;
   }
+  static __device__ __forceinline__ void sync() { __syncwarp(); }  // a ballot alone orders no memory
 };
 
 // Past the L1 cache, which does not see what other SMs wrote during the launch.
@@ -228,8 +229,8 @@ __device__ __forceinline__ void judge_request(const VerifyParams& p, const RowVi
     return;
   }
   if (p.residual != nullptr && lane == 0) p.residual[request] = {-1, 0.0f, 0.0f, 0};
-  emit<WarpLanes>(p, request, {begin, count}, accepted - (NLD_BUG(verify_accepts_too_few) && accepted > 0 ? 1 : 0),
-                  bonus);
+  if (NLD_BUG(verify_accepts_too_few) && accepted > 0) --accepted;
+  emit<WarpLanes>(p, request, {begin, count - (NLD_BUG(verify_rolls_back_too_few) ? 1 : 0)}, accepted, bonus);
 }
 
 // Requests that are left alone: counts 0, nothing to draw.
