@@ -127,7 +127,7 @@ RULES: list[Rule] = [
     # argmax of half types wants the slices of 32 long rows on the machine at once.
     Rule(
         r"verify_kernel<b?f16, false>",
-        min_ctas={"all": 4},
+        min_ctas={"all": 4, "sm_120": 3},
         instructions={LOAD_16: 4},
     ),
     Rule(
@@ -137,7 +137,7 @@ RULES: list[Rule] = [
     ),
     Rule(
         r"verify_kernel<b?f16, true>",
-        min_ctas={"all": 3},
+        min_ctas={"all": 3, "sm_120": 2},
         instructions={LOAD_16: 4},
     ),
     Rule(

@@ -456,7 +456,7 @@ def test_bits_do_not_depend_on_the_thread_count() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_traffic(dtype: torch.dtype, traffic) -> None:
     """Every row that can matter is read once; the others, and requests that are done, never."""
-    vocab = 8192 + 24
+    vocab = 8192 + 27  # rows at multiples of 16 bytes, with an odd end
     modes = [GREEDY, SAMPLED, COMMIT, GREEDY, SAMPLED, COMMIT]
     args = make([3, 2, 4, 3, 0, 2], vocab, modes, dtype=dtype)
     args["done"][[3, 5]] = True
@@ -475,7 +475,7 @@ def test_traffic(dtype: torch.dtype, traffic) -> None:
 @pytest.mark.parametrize("certain", [False, True])
 def test_traffic_of_rejection(certain: bool, traffic) -> None:
     """A refused draft costs one more row of logits and of probabilities, unless it was certain."""
-    vocab, counts = 8192 + 24, [3, 2, 1]
+    vocab, counts = 8192 + 27, [3, 2, 1]
     args = make(counts, vocab, [REJECTION] * 3, draft_probs=not certain)
     args["temperature"][:] = 1.0
     args["block_tokens"][[1, 4]] = torch.tensor([7, 9])

@@ -11,19 +11,14 @@ constexpr int kVerdictLanes = 8;                            // lanes that put th
 constexpr int kVerdictRows = kScanThreads / kVerdictLanes;  // ... and rows whose verdicts a CTA finds at once
 static_assert(kVerdictRows == kWarpSize, "the walk looks at them with one ballot");
 
-struct VerifySmem {
-  ExpSum sums[kScanWarps];
-  Choice best[kScanWarps];
-  float top[kScanWarps];
-  int32_t is_last;
-  int32_t lowest_allowed;
-  int64_t verdicts[kVerdictRows];
-  ExpSum row_sums[kVerdictRows];
-};
-
 // CTAs that share an SM: as many as the registers allow without spilling, since each holds its loads in registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kCtasLess = 1;  // its code takes a few registers more
+#else
+constexpr int kCtasLess = 0;
+#endif
 template <class T, bool kDraws>
-constexpr int kVerifyCtas = (kDraws ? 3 : 4) - (sizeof(T) == 4 ? 1 : 0);
+constexpr int kVerifyCtas = (kDraws ? 3 : 4) - (sizeof(T) == 4 ? 1 : kCtasLess);
 
 // The lanes of a warp, for emit().
 struct WarpLanes {
@@ -57,6 +52,17 @@ struct RowView {
   __device__ __forceinline__ bool weighs_draft() const { return mode == VerifyMode::kRejection && !is_last; }
 };
 
+struct VerifySmem {
+  RowView view;  // kept here while registers hold the slice
+  ExpSum sums[kScanWarps];
+  Choice best[kScanWarps];
+  float top[kScanWarps];
+  int32_t is_last;
+  int32_t lowest_allowed;
+  int64_t verdicts[kVerdictRows];
+  ExpSum row_sums[kVerdictRows];
+};
+
 template <class T>
 __device__ __forceinline__ const T* logits_row(const VerifyParams& p, int64_t row) {
   return static_cast<const T*>(p.logits) + row * p.logits_stride;
@@ -72,7 +78,7 @@ template <class T>
 __device__ __forceinline__ Choice race(RowSlice<T>& slice, float scale, const NoiseKey& key, uint32_t left_out) {
   const auto value = [&](int i) { return mul_rn(clean_logit(slice.raw(i)), scale); };
   const float top = warp_max(thread_max(value, left_out));
-  if (top == -kScanInf) return {-kScanInf, -1, -kScanInf};  // a warp past the end of the row
+  if (top == -kScanInf) return {-kScanInf, -1};  // a warp past the end of the row
   return warp_gumbel(slice, [&](float (&next)[8]) { slice.take8(next); }, scale, key, left_out, top + kMinGumbel);
 }
 
@@ -108,7 +114,7 @@ __device__ __forceinline__ void scan_slice(const VerifyParams& p, const RowView&
   } else if (lane == 0) {
     sm->sums[warp] = {-kScanInf, 0.0f, 0.0f};
   }
-  Choice best = {-kScanInf, -1, -kScanInf};
+  Choice best = {-kScanInf, -1};
   if (!weighs || p.draft_probs == nullptr) {
     best = race(slice, view.scale, noise_key(p, view.request, view.row, weighs ? Purpose::kResidual : Purpose::kSample),
                 left_out);
@@ -159,10 +165,10 @@ struct RowSums {
 };
 template <bool kSums>
 __device__ __forceinline__ RowSums merge_parts(const VerifyPart* parts, int slices) {
-  RowSums row = {{-kScanInf, -1, -kScanInf}, {-kScanInf, 0.0f, 0.0f}};
+  RowSums row = {{-kScanInf, -1}, {-kScanInf, 0.0f, 0.0f}};
   for (int i = static_cast<int>(threadIdx.x) % kVerdictLanes; parts != nullptr && i < slices; i += kVerdictLanes) {
     const VerifyPart part = load_part(parts + i);
-    const Choice choice = {part.best_value, part.best_id, -kScanInf};
+    const Choice choice = {part.best_value, part.best_id};
     if (is_better(choice, row.best)) row.best = choice;
     if (kSums) row.sums = merge(row.sums, ExpSum{part.max, part.sum, 0.0f});
   }
@@ -258,7 +264,7 @@ __global__ void __launch_bounds__(kScanThreads, kVerifyCtas<T, kDraws>)
       if (begin < 0 || end > p.rows || end <= begin) leave_alone(p, b);
     }
   }
-  const int32_t request = static_cast<int32_t>(count_not_above(p.cu_seqlens, p.batch + 1, row)) - 1;
+  const int32_t request = count_not_above(p.cu_seqlens, static_cast<int32_t>(p.batch) + 1, row) - 1;
   if (request < 0 || request >= p.batch) return;
   const int32_t begin = p.cu_seqlens[request], count = p.cu_seqlens[request + 1] - begin, index = row - begin;
   if (begin + count > p.rows) return;
@@ -272,12 +278,13 @@ __global__ void __launch_bounds__(kScanThreads, kVerifyCtas<T, kDraws>)
     return;
   }
   const RowView view = {request, row, begin, index, count, verify_mode(p, request), draw_scale(p, request), is_last};
+  if (threadIdx.x == 0) sm->view = view;
   if ((!commit || is_last) && !is_forced(p, request, begin, index)) {
     scan_slice<T, kDraws>(p, view, slice, p.parts + static_cast<int64_t>(row) * slices + slice, sm);
   }
   const int32_t arrivals = static_cast<int32_t>(slices) * (commit ? 1 : count) + (commit && count > 1 ? 1 : 0);
   if (!arrive_last(p.tickets + request, 1, arrivals, &sm->is_last)) return;
-  judge_request<T, kDraws>(p, view, static_cast<int>(slices), sm);
+  judge_request<T, kDraws>(p, sm->view, static_cast<int>(slices), sm);
 }
 
 // The draft probabilities of the ids a thread holds, in their order.
