@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from kernel_rules import ARCHS, RULES, Kernel, Rule, ctas_per_sm
+from kernel_rules import ARCHS, CTA_RESERVED_SMEM, RULES, Kernel, Rule, ctas_per_sm
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "python/nld_cuda/libnld_ops.so"
@@ -97,6 +97,9 @@ def parse_resources(text: str, codes: Codes) -> None:
             code.registers, code.stack_bytes, code.static_smem_bytes, code.local_bytes = map(
                 int, found.groups()
             )
+            # From sm_90 on the driver's own KiB of a CTA is counted where a kernel has any.
+            if arch != "sm_80" and code.static_smem_bytes >= CTA_RESERVED_SMEM:
+                code.static_smem_bytes -= CTA_RESERVED_SMEM
 
 
 def parse_sass(text: str, codes: Codes) -> None:

@@ -80,6 +80,18 @@ def test_occupancy() -> None:
     assert ctas(16, 32, 0, "sm_80") == 32 and ctas(16, 32, 0, "sm_120") == 24
 
 
+def test_the_drivers_shared_memory_is_not_counted_twice() -> None:
+    codes: dict = {}
+    text = """
+arch = sm_{}
+ Function k:
+  REG:40 STACK:0 SHARED:{} LOCAL:0 CONSTANT[0]:592 TEXTURE:0 SURFACE:0 SAMPLER:0"""
+    for arch, smem in (("80", 0), ("90a", 1024), ("100a", 3072), ("120", 0)):
+        check_kernels.parse_resources(text.format(arch, smem), codes)
+    assert [c.static_smem_bytes for c in codes.values()] == [0, 0, 2048, 0]
+    assert {c.registers for c in codes.values()} == {40}
+
+
 def test_names_are_short() -> None:
     name = "void nld::(anonymous namespace)::k<nld::bf16, 8, (int)4, (bool)1>(nld::P, float*)"
     assert check_kernels.short_name(name) == "k<bf16, 8, 4, 1>"
