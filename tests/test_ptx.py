@@ -5,15 +5,18 @@ The kernels and their checks are C++ (csrc/emulator/tests), because the same fil
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import check_kernels
 import emulated
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -97,10 +100,74 @@ def test_no_asm_outside_the_wrappers() -> None:
             assert not re.search(r"\basm\b", text), f"{path.name} must use common/ptx.cuh, not asm"
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc here")
+needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc here")
+
+
+@pytest.fixture(scope="module")
+def device_program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The program that the GPU script runs, compiled for one architecture."""
+
+    @functools.cache
+    def build(arch: str) -> Path:
+        out = tmp_path_factory.mktemp(arch) / "ptx_device"
+        source = str(TESTS / "ptx_device.cu")
+        run(["nvcc", "-std=c++20", f"-arch={arch}", f"-I{CSRC}", source, "-o", str(out)])
+        return out
+
+    return build
+
+
+@needs_nvcc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120"])
-def test_device_program_compiles(arch: str, tmp_path: Path) -> None:
-    source = TESTS / "ptx_device.cu"
-    out = tmp_path / "ptx_device"
-    run(["nvcc", "-std=c++20", f"-arch={arch}", f"-I{CSRC}", str(source), "-o", str(out)])
-    assert out.stat().st_size > 0
+def test_device_program_compiles(device_program: Callable[[str], Path], arch: str) -> None:
+    assert device_program(arch).stat().st_size > 0
+
+
+# Machine instructions that the test kernels must hold, as regular expressions.
+PORTABLE = {
+    "cp_async_kernel<16, 128>": [r"LDGSTS\.E\.BYPASS\.LTC128B\.128", "LDGDEPBAR", r"DEPBAR\.LE"],
+    "cp_async_kernel<4, 0>": [r"LDGSTS\.E"],
+    "ldmatrix_kernel<4, false>": [r"LDSM\.16\.M88\.4"],
+    "ldmatrix_kernel<2, true>": [r"LDSM\.16\.MT88\.2"],
+    "mma_kernel<bf16>": [r"HMMA\.16816\.F32\.BF16"],
+    "mma_kernel<f16>": [r"HMMA\.16816\.F32$"],
+    "approx_kernel": [r"MUFU\.EX2", r"MUFU\.LG2", r"MUFU\.TANH"],
+    "barrier_kernel": [r"BAR\.ARV", r"BAR\.SYNC"],
+    "stream_kernel": [r"LDG\.E\.NA\.LTC128B\.128\.CONSTANT", r"STG\.E\.EF\.128"],
+    "ticket_kernel<(ptx_test::Ordering)0>": [r"ATOMG\.E\.ADD\.STRONG\.GPU", r"MEMBAR\..*GPU"],
+    "message_kernel": [r"LDG\.E\.STRONG\.GPU", r"STG\.E\.STRONG\.GPU", r"REDG?\.E\.ADD\.STRONG"],
+}
+HOPPER = {
+    "late_kernel": ["ACQBULK"],
+    "early_kernel": ["PREEXIT"],
+    "mbar_kernel<false>": [r"SYNCS\.EXCH", r"SYNCS\.ARRIVE", r"SYNCS\.PHASECHK.*TRYWAIT"],
+    "bulk_kernel": [r"UBLKCP\.S\.G", r"SYNCS\.ARRIVE\..*A0TR"],
+    "tma_kernel<1>": [r"UTMALDG\.1D", r"UTMACCTL\.PF"],
+    "tma_kernel<5>": [r"UTMALDG\.5D"],
+    "cluster_kernel": ["UCGABAR_ARV", "UCGABAR_WAIT"],
+    "elect_kernel": ["ELECT"],
+    "registers_kernel": [r"USETMAXREG\.DEALLOC", r"USETMAXREG\.TRY_ALLOC"],
+    "wgmma_kernel<bf16, 256, (Swizzle)128, false, false, false>": [r"HGMMA\.64x256x16\.F32\.BF16"],
+    "wgmma_kernel<f16, 8, (Swizzle)128, true, false, false>": [r"HGMMA\.64x8x16\.F32$"],
+}
+
+
+@needs_nvcc
+@pytest.mark.skipif(
+    not all(map(check_kernels.tool, ("cuobjdump", "nvdisasm"))),
+    reason="no cuobjdump and nvdisasm here: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm",
+)
+@pytest.mark.parametrize("arch,wanted", [("sm_80", PORTABLE), ("sm_90a", {**PORTABLE, **HOPPER})])
+def test_wrappers_become_the_instructions_they_name(
+    device_program: Callable[[str], Path], arch: str, wanted: dict[str, list[str]]
+) -> None:
+    codes = check_kernels.read_codes(device_program(arch)).values()
+    names = check_kernels.demangle([code.symbol for code in codes])
+    by_name = {names[code.symbol].removeprefix("ptx_test::"): code for code in codes}
+    for name, patterns in wanted.items():
+        code = by_name[name]
+        for pattern in patterns:
+            assert any(re.match(pattern, o) for o in code.opcodes), f"{name}: {pattern} not found"
+    for name, code in by_name.items():
+        local = [o for o in code.opcodes if re.match(r"(LDL|STL)\b", o)]
+        assert code.stack_bytes == 0 and not local, f"{name} uses local memory on {arch}"
