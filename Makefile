@@ -10,13 +10,23 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test build lint kernels wheel-check clean
+.PHONY: demo test emulated build lint kernels wheel-check clean
 
 demo: build
 	@.venv/bin/nld compare --demo
 
 test: build
+	@$(if $(PYTEST_ARGS),,$(MAKE) --no-print-directory emulated)
 	@$(PY) -m pytest $(PYTEST_ARGS)
+
+# The CUDA kernels on the CPU, a few cases of every test: under every order of threads and landing of copies, under the
+# race checker, under AddressSanitizer and UBSan (whose libraries must be there before Python; torch leaks on purpose).
+ASAN := LD_PRELOAD="$(shell c++ -print-file-name=libasan.so) $(shell c++ -print-file-name=libubsan.so)" \
+        ASAN_OPTIONS=detect_leaks=0
+emulated: build
+	@$(PY) -m pytest --emulated plain --emulated-schedules --emulated-sample 1
+	@$(PY) -m pytest --emulated checked --emulated-sample 2
+	@$(ASAN) $(PY) -m pytest --emulated asan --emulated-sample 1
 
 build: .venv/.built
 

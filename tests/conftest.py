@@ -53,6 +53,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow_emulated: left out of runs with --emulated")
+
+
 def _backends(config: pytest.Config) -> list[Backend]:
     if config.getoption("--emulated-schedules"):
         return [
@@ -92,7 +96,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen: dict[tuple, list[pytest.Item]] = {}
     for item in items:
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-        if isinstance(backend, Backend) and backend.name == "emulated":
+        is_slow = item.get_closest_marker("slow_emulated") is not None
+        if isinstance(backend, Backend) and backend.name == "emulated" and not is_slow:
             chosen.setdefault((item.path, item.originalname, backend.id), []).append(item)
     most = config.getoption("--emulated-sample")
     kept = []

@@ -40,7 +40,7 @@ def cuda_headers() -> Path:
     folders.append(Path("/usr/local/cuda/include"))
     folders += [Path(p) / "nvidia" / "cu13" / "include" for p in sys.path]
     for folder in folders:
-        if (folder / "cuda_bf16.h").is_file() and (folder / "crt" / "host_defines.h").is_file():
+        if all((folder / h).is_file() for h in ("cuda_bf16.h", "crt/host_defines.h", "nv/target")):
             return folder
     raise AssertionError(
         "CUDA headers must be there to build the emulator: pip install nvidia-cuda-runtime "

@@ -535,6 +535,7 @@ def test_bad_arguments(change: dict, message: str) -> None:
         ops.block_attention(**call)
 
 
+@pytest.mark.slow_emulated
 def test_splits_agree(backend) -> None:
     """Any split length gives the result within the usual error."""
     args, options = make(replace(ATTENTION_CORRECT[0], page_size=16), torch.float32, backend.device)

@@ -310,6 +310,7 @@ def test_confidence_is_accurate_relative_to_its_size(backend) -> None:
     assert error < 4e-6  # equal logits on 4 lanes are the worst
 
 
+@pytest.mark.slow_emulated
 def test_ties_and_banned_ids_at_every_edge(backend) -> None:
     """Equal largest logits in one register, at the ends of chunks and slices; one banned."""
     if backend.name.startswith("cpu"):

@@ -11,6 +11,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <set>
 #include <sstream>
@@ -42,7 +43,7 @@ class Shadow {
  public:
   void clear() {
     pages_.clear();
-    last_ = nullptr;
+    recent_.fill({});
   }
   template <class F>  // f(cell) returns false to stop
   void visit(uintptr_t at, size_t n, F f) {
@@ -64,11 +65,9 @@ class Shadow {
     std::vector<Cell> cells = std::vector<Cell>(kPageBytes >> 2);
   };
   Page& find(uintptr_t base) {
-    if (!last_ || base != last_base_) {
-      last_ = &pages_[base];
-      last_base_ = base;
-    }
-    return *last_;
+    Recent& r = recent_[base / kPageBytes % recent_.size()];
+    if (!r.page || r.base != base) r = {base, &pages_[base]};
+    return *r.page;
   }
   static void refine(Page& page) {
     std::vector<Cell> halves;
@@ -77,9 +76,12 @@ class Shadow {
     page.cells = std::move(halves);
     --page.shift;
   }
+  struct Recent {
+    uintptr_t base = 0;
+    Page* page = nullptr;
+  };
   std::unordered_map<uintptr_t, Page> pages_;
-  Page* last_ = nullptr;
-  uintptr_t last_base_ = 0;
+  std::array<Recent, 256> recent_{};
 };
 
 // Of the launch under way; the checked library runs all of it on one OS thread.
@@ -98,12 +100,13 @@ unsigned cluster_of(const Thread* t) { return static_cast<const Cta*>(t->block)-
 uint32_t thread_id(unsigned cluster, unsigned gid) { return cluster * g_launch.per_cluster + gid; }
 uint32_t& own_epoch(Thread* t) { return t->clock.own[t->gid]; }
 
-bool knows(const Thread* t, const Access& x) {
-  const unsigned cluster = x.thread / g_launch.per_cluster, gid = x.thread % g_launch.per_cluster;
-  if (cluster == cluster_of(t)) return t->clock.own[gid] >= x.epoch;
+// `first` is the id of the first thread of t's cluster.
+bool knows(const Thread* t, uint32_t first, const Access& x) {
+  const uint32_t in_cluster = x.thread - first;
+  if (in_cluster < g_launch.per_cluster) return t->clock.own[in_cluster] >= x.epoch;
   if (!t->clock.foreign) return false;
-  const auto it = t->clock.foreign->find(cluster);
-  return it != t->clock.foreign->end() && it->second[gid] >= x.epoch;
+  const auto it = t->clock.foreign->find(x.thread / g_launch.per_cluster);
+  return it != t->clock.foreign->end() && it->second[x.thread % g_launch.per_cluster] >= x.epoch;
 }
 
 // ---- reports ----------------------------------------------------------------------------------------------------
@@ -229,7 +232,8 @@ void access(Kind kind, const void* p, size_t n, uint64_t where) {
   Access now;
   now.where = where;
   now.epoch = own_epoch(t);
-  now.thread = thread_id(cluster_of(t), t->gid);
+  const uint32_t first = thread_id(cluster_of(t), 0);
+  now.thread = first + t->gid;
   now.is_atomic = is_atomic;
   now.is_async = kind == AsyncRead;
   now.in_flight = kind == AsyncIssue;
@@ -247,7 +251,7 @@ void access(Kind kind, const void* p, size_t n, uint64_t where) {
     if (is_write) traffic::count(true, p, n);
   }
   const auto ordered = [&](const Access& x) {
-    return !x.epoch || x.thread == now.thread || (is_atomic && x.is_atomic) || knows(t, x);
+    return !x.epoch || x.thread == now.thread || (is_atomic && x.is_atomic) || knows(t, first, x);
   };
   (is_shared ? l.shared : l.global).visit(reinterpret_cast<uintptr_t>(p), n, [&](Cell& c) {
     if (kind == AsyncDone) {
