@@ -49,11 +49,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--emulated-schedules",
         action="store_true",
-        help="with --emulated: every order of threads x landing of copies",
+        help="with --emulated: every order of threads x copies that land at once or late",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    emulated.default_variant = config.getoption("--emulated") or "plain"
     config.addinivalue_line("markers", "slow_emulated: left out of runs with --emulated")
 
 
@@ -62,7 +63,7 @@ def _backends(config: pytest.Config) -> list[Backend]:
         return [
             Backend("emulated", "cpu", order, landing, seed, f"emulated-{order}-{landing}")
             for seed, order in enumerate(emulated.ORDERS)
-            for landing in emulated.LANDINGS
+            for landing in ("eager", "late")
         ]
     isas = ISAS[: ISAS.index(_library.C.best_cpu_isa()) + 1]
     backends = [Backend(f"cpu-{isa}", "cpu") for isa in isas]
@@ -113,7 +114,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Run a test body once per backend; what the backend needs is set up for its duration."""
     chosen: Backend = request.param
     if chosen.name == "emulated":
-        library = emulated.load(request.config.getoption("--emulated") or "plain")
+        library = emulated.load()
         library.configure(order=chosen.order, landing=chosen.landing, seed=chosen.seed)
         monkeypatch.setattr(ops, "_nld", library.ops)
     elif chosen.name == "rehearsal":

@@ -23,6 +23,7 @@ BUILD = ROOT / "build" / f"emulator-{sys.implementation.cache_tag}-{torch.__vers
 VARIANTS = ("plain", "checked", "asan")
 ORDERS = ("forward", "reverse", "random")  # in which threads and CTAs take turns
 LANDINGS = ("eager", "late", "random")  # when asynchronous copies arrive
+default_variant = "plain"
 
 
 def tool(name: str) -> str:
@@ -75,8 +76,8 @@ def build(variant: str) -> Path:
 class Ops:
     """`torch.ops.nld_emulated_<variant>`; an op without CUDA kernels falls back to the CPU's."""
 
-    def __init__(self, variant: str = "plain") -> None:
-        self.emulated = getattr(torch.ops, f"nld_emulated_{variant}")
+    def __init__(self, variant: str | None = None) -> None:
+        self.emulated = getattr(torch.ops, f"nld_emulated_{variant or default_variant}")
 
     def __getattr__(self, name: str) -> object:
         try:
@@ -157,10 +158,15 @@ class Traffic:
 
 
 @functools.cache
-def load(variant: str = "plain") -> Library:
+def _load(variant: str) -> Library:
     return Library(variant)
 
 
-def configure(**options: object) -> None:
-    """`Library.configure` of the plain variant."""
-    load().configure(**options)
+def load(variant: str | None = None) -> Library:
+    """Return a variant, by default the one that `pytest --emulated` names."""
+    return _load(variant or default_variant)
+
+
+def configure(*arguments: object, **options: object) -> None:
+    """`Library.configure` of the default variant."""
+    load().configure(*arguments, **options)

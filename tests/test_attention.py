@@ -369,6 +369,7 @@ def test_row_does_not_depend_on_its_neighbours(backend) -> None:
     ],
     ids=str,
 )
+@pytest.mark.slow_emulated
 def test_thread_count_changes_no_bit(case: AttentionCase, dtype: torch.dtype, backend) -> None:
     args, options = make(case, dtype, backend.device)
     threads = torch.get_num_threads()

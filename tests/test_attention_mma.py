@@ -203,6 +203,7 @@ def test_large_scores_keep_their_winner(gpu_backend) -> None:
 @pytest.mark.parametrize("rows", [3, 12, 40])
 @pytest.mark.parametrize("order", emulated.ORDERS)
 @pytest.mark.parametrize("landing", emulated.LANDINGS)
+@pytest.mark.slow_emulated
 def test_any_order_of_threads_and_copies(order: str, landing: str, rows: int, backend) -> None:
     if backend.name != "emulated":
         pytest.skip("only the emulator can choose")

@@ -104,6 +104,7 @@ def num_draws(backend) -> int:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.slow_emulated
 def test_draws_follow_the_tempered_softmax(temperature: float, backend) -> None:
     rows, vocab = num_draws(backend), 13
     logits = torch.randn(vocab) * 2
@@ -116,6 +117,7 @@ def test_draws_follow_the_tempered_softmax(temperature: float, backend) -> None:
     )  # at most 12 degrees: p about 1e-5
 
 
+@pytest.mark.slow_emulated
 def test_streams_are_independent(backend) -> None:
     """Neighbouring positions, purposes and seeds: pairs of draws fill a 6 x 6 table evenly."""
     rows = num_draws(backend)

@@ -77,6 +77,7 @@ def test_long_blocks(rule: CommitRule, backend) -> None:
     check(data, backend)
 
 
+@pytest.mark.slow_emulated
 def test_many_requests(backend) -> None:
     """The request of a row is found in two rounds; requests without rows lie everywhere."""
     lens = (0, 0, *(b % 3 for b in range(330)), 0)
