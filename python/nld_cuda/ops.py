@@ -575,6 +575,10 @@ def verify_(
     logits count as -inf, +inf as the largest finite float; a row without a finite allowed logit
     draws the lowest allowed id. Drafts outside the vocabulary are accepted under COMMIT only.
 
+    On CUDA one launch, a second where draft_probs and temperature are given, a memset without
+    `tickets`. No host read: which launches are made depends on which arguments are given, never on
+    their values, so CUDA graphs replay with other lengths, modes and drafts.
+
     Args:
         logits: `[rows, vocab]` float32, bfloat16 or float16, dense last dimension; row i predicts
             the token after row i. Only read, and only as far as a request's drafts are accepted.
