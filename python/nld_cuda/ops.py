@@ -292,8 +292,10 @@ def block_attention(
         `(out, lse)`: `[total_q, num_heads, head_dim]` in q's dtype and the natural-log sum of
         exponentials `[num_heads, total_q]` float32. A row that sees no key gives 0 and -inf.
 
-    Arithmetic is float32; bfloat16 probabilities may be rounded to bfloat16 before they meet the
-    values. CUDA runs every dtype and head_dim up to 512, without tensor cores.
+    Arithmetic is float32; half-precision probabilities may be rounded to q's dtype before they
+    meet the values. CUDA: tensor cores for bfloat16 and float16 with head_dim 64, 96 or 128
+    and rows of q and caches that start at multiples of 16 bytes (as torch allocates them); every
+    other dtype, alignment and head_dim up to 512 runs in float32, correct and many times slower.
 
     Workspace, CPU: a few tiles per thread (less than `700 * (head_dim + 32)` floats each), and
     while there are fewer than 4 (request, kv head, 128-row tile) items per thread,
