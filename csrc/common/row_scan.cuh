@@ -22,9 +22,10 @@
 namespace nld {
 
 constexpr int kScanThreads = 256, kScanWarps = kScanThreads / kWarpSize;
-constexpr int kScanIds = 32;                              // ids a thread holds
-constexpr int kScanWarpIds = kScanIds * kWarpSize;        // neighbouring ids a warp holds
-constexpr int kScanSliceLen = kScanWarpIds * kScanWarps;  // ids of a CTA
+constexpr int kScanIds = 32;                                      // ids a thread holds
+constexpr int kScanWarpIds = kScanIds * kWarpSize;                // neighbouring ids a warp holds
+constexpr int kScanSliceLen = kScanWarpIds * kScanWarps;          // ids of a CTA
+constexpr int64_t kScanMaxVocab = INT32_MAX - 2 * kScanSliceLen;  // so that ids past the end fit 32 bits
 constexpr float kScanInf = __builtin_huge_valf();
 constexpr float kScanMaxFloat = 3.402823466e+38f;
 constexpr float kScanLog2e = 1.44269504f;
@@ -83,11 +84,12 @@ struct RowSlice {
 
   // Reads the thread's share of slice `slice_idx`: 16 bytes at a time whatever the alignment of the row, all issued
   // before the first is used. Elements that the row does not have are -inf. Warps past its end read nothing.
-  __device__ __forceinline__ void load(const T* row, uint32_t slice_idx, uint32_t vocab) {
-    const int64_t begin = static_cast<int64_t>(slice_idx) * kScanSliceLen + threadIdx.x / kWarpSize * kScanWarpIds;
+  // vocab <= kScanMaxVocab.
+  __device__ __forceinline__ void load(const T* row, int32_t slice_idx, int32_t vocab) {
+    const int32_t begin = slice_idx * kScanSliceLen + static_cast<int32_t>(threadIdx.x) / kWarpSize * kScanWarpIds;
     first = static_cast<uint32_t>(begin) + threadIdx.x % kWarpSize * kVec;
     const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
-    const int64_t at = static_cast<int64_t>(first) - shift;  // where the vector lies that has element 0
+    const int32_t at = static_cast<int32_t>(first) - shift;  // where the vector lies that has element 0
     if (shift == 0 && begin + kScanWarpIds <= vocab) {
 #pragma unroll
       for (int k = 0; k < kNumVecs; ++k) load_vec(row + at + k * kVecStride, words + 4 * k);
@@ -156,14 +158,14 @@ struct RowSlice {
     to[3] = vec.w;
   }
   // The general case: vectors that the row has only a part of, and rows that do not begin at a multiple of 16 bytes.
-  __device__ __forceinline__ void load_clipped(const T* row, int64_t at, int64_t vocab, int shift) {
+  __device__ __forceinline__ void load_clipped(const T* row, int32_t at, int32_t vocab, int shift) {
     const bool is_last_lane = threadIdx.x % kWarpSize == kWarpSize - 1;
     uint32_t beyond[4];    // the vector after the last one of the last lane
     uint32_t partial = 0;  // bit k: of vector k the row has a part
 #pragma unroll
     for (int k = 0; k <= kNumVecs; ++k) {
       uint32_t* const to = k < kNumVecs ? words + 4 * k : beyond;
-      const int64_t begin = vec_at(at, k);
+      const int32_t begin = vec_at(at, k);
 #pragma unroll
       for (int w = 0; w < 4; ++w) to[w] = kNothing;
       if (k == kNumVecs && (shift == 0 || !is_last_lane)) continue;
@@ -183,7 +185,7 @@ struct RowSlice {
         vec[w] = kNothing;
 #pragma unroll
         for (int e = 0; e < kPerWord; ++e) {
-          const int64_t i = vec_at(at, k) + w * kPerWord + e;
+          const int32_t i = vec_at(at, k) + w * kPerWord + e;
           if (i < 0 || i >= vocab || NLD_BUG(scan_lost_tail)) continue;
           const uint32_t bit = __ldg(bits + i);
           vec[w] = kPerWord == 1 ? bit : e == 0 ? (vec[w] & 0xffff0000u) | bit : (vec[w] & 0xffffu) | bit << 16;
@@ -200,7 +202,7 @@ struct RowSlice {
     }
     if (shift != 0) realign(beyond, shift);
   }
-  static __device__ __forceinline__ int64_t vec_at(int64_t at, int k) {
+  static __device__ __forceinline__ int32_t vec_at(int32_t at, int k) {
     return at + (k < kNumVecs ? k * kVecStride : (kNumVecs - 1) * kVecStride + kVec);
   }
 

@@ -1,17 +1,20 @@
 // commit_ in one launch, and gumbel_noise_.
 //
-// One CTA judges one slice (8192 ids) of one row; the last CTA of a request to finish commits: grid = rows * slices,
-// and a few CTAs more for requests without rows. 256 threads hold 32 ids each in registers (4 loads of 16 bytes in
-// bfloat16, 8 in float32, all issued before the first is used), take the maximum of their warp, then one exponential
-// per id. Traffic: the logits of judged rows once (32 x 131072 bfloat16: 8.4 MB, 2.8 us at the 3.0 TB/s an H100 copies
-// with; its 16 exponentials per clock and SM take 1.1 us of that time), 32 bytes written and read per slice, 30 bytes a
-// row. Latency after the logits: two shared-memory steps, fence + ticket, and the commit (one warp step per 2 rows,
-// then the rule, then two block-wide steps): 2-3 us estimated, not measured yet. Why slices of 8192: one request of 32
-// rows makes 512 CTAs, four for each SM of an H100, all resident at once with 64 KiB (bfloat16) in flight per SM, three
-// times what bandwidth * latency asks for; with half of its rows judged there still are two for each. Slices of 16384
-// leave SMs idle there, slices of 4096 double the tickets and parts. Considered, not built: the maximum of the whole
-// slice before the exponentials (a barrier while loads are under way; warps are independent now), online rescaling (an
-// exponential more per step), a ticket per row (a second wait).
+// One CTA judges one slice (8192 ids) of one row; the last CTA of a request to finish commits. Grid: slices x rows, and
+// a few CTAs more for requests without rows. A thread holds 32 ids in registers (4 loads of 16 bytes in bfloat16, 8 in
+// float32, all issued before the first is used); a warp takes its maximum, then one exponential per id.
+//
+// Traffic: the logits of judged rows once, 32 bytes written and read per slice, 30 bytes a row. 32 x 131072 bfloat16:
+// 8.4 MB, 2.8 us at the 3.0 TB/s an H100 copies with; its 16 exponentials per clock and SM take 1.1 us of that time.
+// Latency after the last logits, 2-3 us by estimate (not measured yet): two steps through shared memory, release and
+// ticket, parts, rule, two block-wide steps.
+//
+// Why slices of 8192: one block of 32 rows makes 512 CTAs, four for each SM of an H100, all resident at once with
+// 64 KiB (bfloat16) in flight per SM, three times what bandwidth * latency asks for; with half of its rows judged there
+// still are two for each. Slices of 16384 leave SMs idle there, slices of 4096 double the tickets and parts.
+//
+// Considered, not built: the maximum of the whole slice before the exponentials (a barrier while loads are under way;
+// warps are independent now), online rescaling (an exponential more per step), a ticket per row (a second wait).
 #pragma once
 
 #include "common/row_scan.cuh"
@@ -48,8 +51,17 @@ struct CommitSmem {
   ExpSum sums[kScanWarps];
   int32_t is_last;
   int32_t num_committed[kScanWarps], num_remaining[kScanWarps], first_masked[kScanWarps], first_eos[kScanWarps];
+  int64_t candidates[kSharedRows];
   float confidence[kSharedRows], entropy[kSharedRows];
   bool is_masked[kSharedRows], commits[kSharedRows];
+};
+
+// Per-row figures of one request, by row within it: in shared memory, or in the outputs and the workspace.
+struct RequestFigures {
+  int64_t* candidates;
+  float *confidence, *entropy;
+  bool *is_masked, *commits;
+  bool in_smem;
 };
 
 // ---- one slice of one row ----
@@ -138,53 +150,80 @@ __device__ __forceinline__ SlicePart load_part(const SlicePart* part) {  // othe
   return u.part;
 }
 
-// Puts the slices of every row together: candidate, confidence, entropy. A group of lanes per row.
-__device__ __forceinline__ void finish_rows(const CommitParams& p, const CommitWorkspace& ws, RequestRows rows,
-                                            bool revises, float* confidence, float* entropy, bool* is_masked) {
-  constexpr int kGroups = kScanThreads / kMergeLanes;
-  const int32_t num_slices = static_cast<int32_t>(commit_num_slices(p.vocab));
+// A row whose slices are being put together, by kMergeLanes lanes.
+struct RowMerge {
+  int32_t row;
+  bool in_request, is_masked, is_judged;
+  ExpSum sums;
+  Choice choice;
+  float logit;  // of the lane's own choice
+};
+
+// Puts the slices of every row together: candidate, confidence, entropy.
+__device__ __forceinline__ void finish_rows(const CommitParams& p, const SlicePart* all_parts, RequestRows rows,
+                                            bool revises, const RequestFigures& figures) {
+  constexpr int kGroups = kScanThreads / kMergeLanes, kAtOnce = 2;  // rows of a group whose loads overlap
+  const int32_t num_slices = gridDim.x;
   const int lane = threadIdx.x % kMergeLanes;
 #pragma unroll 1
-  for (int32_t base = rows.begin; base < rows.end; base += kGroups) {  // whole warps, for the shuffles
-    const int32_t row = base + static_cast<int32_t>(threadIdx.x) / kMergeLanes;
-    const bool in_request = row < rows.end;
-    const bool masked = in_request && p.is_masked[row];
-    const bool is_judged = masked || (in_request && revises && !row_is_fixed(p, row));
-    ExpSum sums = {-kScanInf, 0.0f, 0.0f};
-    Choice choice = {-kScanInf, -1};
-    float logit = 0.0f;
-    if (is_judged) {
-      const SlicePart* parts = ws.parts + static_cast<int64_t>(row) * num_slices;
+  for (int32_t base = rows.begin; base < rows.end; base += kGroups * kAtOnce) {  // whole warps, for the shuffles
+    RowMerge merges[kAtOnce];
+#pragma unroll
+    for (int r = 0; r < kAtOnce; ++r) {
+      RowMerge& m = merges[r];
+      m.row = base + r * kGroups + static_cast<int32_t>(threadIdx.x) / kMergeLanes;
+      m.in_request = m.row < rows.end;
+      m.is_masked = m.in_request && p.is_masked[m.row];
+    }
+#pragma unroll
+    for (int r = 0; r < kAtOnce; ++r) {
+      RowMerge& m = merges[r];
+      m.is_judged = m.is_masked || (m.in_request && revises && !row_is_fixed(p, m.row));
+      const SlicePart nothing = {{-kScanInf, 0.0f, 0.0f}, {-kScanInf, -1}, 0.0f};
+      const SlicePart* parts = all_parts + m.row * num_slices;
+      const SlicePart part = m.is_judged && lane < num_slices ? load_part(parts + lane) : nothing;
+      m.sums = part.sums;
+      m.choice = part.choice;
+      m.logit = part.logit;
+    }
+#pragma unroll
+    for (int r = 0; r < kAtOnce; ++r) {
+      RowMerge& m = merges[r];
+      if (m.is_judged) {
 #pragma unroll 1
-      for (int32_t i = lane; i < num_slices; i += kMergeLanes) {
-        const SlicePart part = load_part(parts + i);
-        sums = merge(sums, part.sums);
-        if (is_better(part.choice, choice)) {
-          choice = part.choice;
-          logit = part.logit;
+        for (int32_t i = lane + kMergeLanes; i < num_slices; i += kMergeLanes) {
+          const SlicePart part = load_part(all_parts + m.row * num_slices + i);
+          m.sums = merge(m.sums, part.sums);
+          if (is_better(part.choice, m.choice)) {
+            m.choice = part.choice;
+            m.logit = part.logit;
+          }
         }
       }
+      const ExpSum sums = merge_lanes<kMergeLanes>(m.sums);
+      const Choice choice = best_lane<kMergeLanes>(m.choice);
+      // The lane whose id it is has the logit, too (where there is none, the logit does not matter).
+      const unsigned holders = __ballot_sync(kFullMask, m.choice.id == choice.id);
+      const int group = threadIdx.x % kWarpSize / kMergeLanes * kMergeLanes;
+      const int holder = group + __ffs(static_cast<int>(holders >> group & ((1u << kMergeLanes) - 1))) - 1;
+      const float logit = __shfl_sync(kFullMask, m.logit, holder);
+      if (!m.in_request || lane != 0) continue;
+      float belief = m.is_judged ? 0.0f : 1.0f, entropy = kScanInf;
+      if (m.is_judged && choice.id >= 0 && sums.sum > 0.0f) {
+        belief = exp_shift(clamp_shift(logit - sums.max)) / sums.sum;
+        entropy = fmaxf(exact_log(sums.sum) - sums.dot / sums.sum, 0.0f);
+      }
+      const int64_t candidate = !m.is_masked ? p.block_tokens[m.row] : choice.id >= 0 ? choice.id : lowest_allowed(p);
+      p.candidates[m.row] = candidate;
+      p.confidence[m.row] = belief;
+      const int32_t i = m.row - rows.begin;
+      if (figures.in_smem) {
+        figures.candidates[i] = candidate;
+        figures.confidence[i] = belief;
+        figures.is_masked[i] = m.is_masked;
+      }
+      figures.entropy[i] = entropy;
     }
-    const int32_t own_id = choice.id;
-    sums = merge_lanes<kMergeLanes>(sums);
-    choice = best_lane<kMergeLanes>(choice);
-    // The lane whose id it is has the logit, too (where there is none, the logit does not matter).
-    const unsigned holders = __ballot_sync(kFullMask, own_id == choice.id);
-    const int group = threadIdx.x % kWarpSize / kMergeLanes * kMergeLanes;
-    logit = __shfl_sync(kFullMask, logit, group + __ffs(holders >> group & ((1u << kMergeLanes) - 1)) - 1);
-    if (!in_request || lane != 0) continue;
-    const int64_t token = p.block_tokens[row];
-    float belief = is_judged ? 0.0f : 1.0f, own_entropy = kScanInf;
-    if (is_judged && choice.id >= 0 && sums.sum > 0.0f) {
-      belief = exp_shift(clamp_shift(logit - sums.max)) / sums.sum;
-      own_entropy = fmaxf(exact_log(sums.sum) - sums.dot / sums.sum, 0.0f);
-    }
-    p.candidates[row] = !masked ? token : choice.id >= 0 ? choice.id : lowest_allowed(p);
-    p.confidence[row] = belief;
-    const int32_t i = row - rows.begin;
-    if (confidence != p.confidence + rows.begin) confidence[i] = belief;
-    if (is_masked != p.is_masked + rows.begin) is_masked[i] = masked;
-    entropy[i] = own_entropy;
   }
 }
 
@@ -217,40 +256,44 @@ __device__ __forceinline__ bool is_eos(const CommitParams& p, int32_t request, i
 }
 
 // Decides and writes what the request becomes. All threads of the CTA call.
-__device__ __forceinline__ void commit_request(const CommitParams& p, CommitSmem* sm, int32_t request) {
+__device__ __forceinline__ void commit_request(const CommitParams& p, CommitSmem* sm, int32_t request,
+                                               RequestRows rows) {
   const CommitWorkspace ws = commit_workspace(p);
-  const RequestRows rows = request_rows(p, request);
   const int32_t num_rows = rows.end - rows.begin;
-  const CommitRule rule = rule_of(p, request);
-  const bool revises = rule == CommitRule::kRevise, in_smem = num_rows <= kSharedRows;
-  float* const confidence = in_smem ? sm->confidence : p.confidence + rows.begin;
-  float* const entropy = in_smem ? sm->entropy : ws.entropy + rows.begin;
-  bool* const is_masked = in_smem ? sm->is_masked : p.is_masked + rows.begin;
-  bool* const commits = in_smem ? sm->commits : ws.commits + rows.begin;
-  finish_rows(p, ws, rows, revises, confidence, entropy, is_masked);
+  const CommitRule rule = rule_of(p, request);  // these four loads overlap with those of the parts
+  const float threshold = p.threshold[request];
+  const int64_t quota = p.quota != nullptr ? p.quota[request] : 1;
+  const float revise_threshold = p.revise_threshold != nullptr ? p.revise_threshold[request] : 0.0f;
+  const bool revises = rule == CommitRule::kRevise;
+  const RequestFigures figures =
+      num_rows <= kSharedRows
+          ? RequestFigures{sm->candidates, sm->confidence, sm->entropy, sm->is_masked, sm->commits, true}
+          : RequestFigures{p.candidates + rows.begin, p.confidence + rows.begin, ws.entropy + rows.begin,
+                           p.is_masked + rows.begin,  ws.commits + rows.begin,   false};
+  finish_rows(p, ws.parts, rows, revises, figures);
   if (!NLD_BUG(commit_judges_early)) __syncthreads();
-  const RuleInput in = {.num_rows = num_rows,
-                        .is_masked = is_masked,
-                        .confidence = confidence,
-                        .entropy = entropy,
-                        .threshold = p.threshold[request],
-                        .quota = p.quota != nullptr ? p.quota[request] : 1};
-  judge_request(rule, in, commits);
+  judge_request(rule,
+                {.num_rows = num_rows,
+                 .is_masked = figures.is_masked,
+                 .confidence = figures.confidence,
+                 .entropy = figures.entropy,
+                 .threshold = threshold,
+                 .quota = quota},
+                figures.commits);
   if (!NLD_BUG(commit_changes_early)) __syncthreads();  // every row is judged before the first one changes
 
-  const float revise_threshold = p.revise_threshold != nullptr ? p.revise_threshold[request] : 0.0f;
   int32_t num_committed = 0, num_remaining = 0, first_masked = INT32_MAX, first_eos = INT32_MAX;
   for (int32_t i = threadIdx.x; i < num_rows; i += kScanThreads) {
     const int32_t row = rows.begin + i;
     const bool is_fixed = row_is_fixed(p, row);
-    bool masked = is_masked[i];
-    int64_t token = p.block_tokens[row];
-    if (commits[i]) {
-      p.block_tokens[row] = token = p.candidates[row];
+    const int64_t token = figures.candidates[i];  // what the row holds once it is not masked
+    bool masked = figures.is_masked[i];
+    if (figures.commits[i]) {
+      p.block_tokens[row] = token;
       p.is_masked[row] = masked = false;
       ++num_committed;
-    } else if (revises && !masked && !is_fixed && ReviseRule::masks_again(confidence[i], revise_threshold)) {
-      p.block_tokens[row] = token = p.mask_token_id;
+    } else if (revises && !masked && !is_fixed && ReviseRule::masks_again(figures.confidence[i], revise_threshold)) {
+      p.block_tokens[row] = p.mask_token_id;
       p.is_masked[row] = masked = true;
     }
     num_remaining += masked;
@@ -278,7 +321,7 @@ __device__ __forceinline__ void commit_request(const CommitParams& p, CommitSmem
   }
   // Everything right of the first EOS that no later step can move becomes that EOS.
   if (first_eos < first_masked) {
-    const int64_t eos = p.block_tokens[rows.begin + first_eos];
+    const int64_t eos = figures.candidates[first_eos];
     for (int32_t i = first_eos + 1 + static_cast<int32_t>(threadIdx.x); i < num_rows; i += kScanThreads) {
       p.block_tokens[rows.begin + i] = eos;
       if (p.is_masked[rows.begin + i]) p.is_masked[rows.begin + i] = false;
@@ -336,7 +379,7 @@ __global__ void __launch_bounds__(kScanThreads, kDraws ? (sizeof(T) == 4 ? 2 : 3
   }
   if (is_masked || (rule_of(p, request) == CommitRule::kRevise && !row_is_fixed(p, row))) {
     RowSlice<T> slice;
-    slice.load(static_cast<const T*>(p.logits) + row * p.logits_row_stride, slice_idx, static_cast<uint32_t>(p.vocab));
+    slice.load(static_cast<const T*>(p.logits) + row * p.logits_row_stride, slice_idx, static_cast<int32_t>(p.vocab));
     if (is_masked) request = find_request(p, row);
     if (request < 0) return;  // cu_seqlens does not ascend
     scan_slice<T, kDraws>(p, sm, slice, row, request, commit_workspace(p).parts + (row * num_slices + slice_idx));
@@ -345,7 +388,7 @@ __global__ void __launch_bounds__(kScanThreads, kDraws ? (sizeof(T) == 4 ? 2 : 3
     if (slice_idx != 0) return;
     is_last = arrive(p, sm, request, num_slices, num_slices);
   }
-  if (is_last) commit_request(p, sm, request);
+  if (is_last) commit_request(p, sm, request, request_rows(p, request));
 }
 
 // ---- noise ----

@@ -8,6 +8,7 @@ namespace {
 
 template <class T>
 LaunchError commit(const CommitParams& p, void* stream) {
+  if (p.vocab > kScanMaxVocab) return "vocab must be at most 2^31 - 16385";
   const int64_t slices = commit_num_slices(p.vocab);
   // Rows, and after them as many more as requests without rows may need (a thread each).
   const int64_t rows = p.rows + (p.batch + slices * kScanThreads - 1) / (slices * kScanThreads);
