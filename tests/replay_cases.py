@@ -212,6 +212,21 @@ def verify(variant: int) -> Args:
     }  # fmt: skip
 
 
+def verify_drawn_drafts(variant: int) -> Args:
+    """Two launches: drafts with probabilities, some refused; forced tokens; tickets."""
+    arguments = verify(variant)
+    rows, vocab = arguments["logits"].shape
+    g = _generator(variant)
+    modes = [VerifyMode.REJECTION, VerifyMode.SAMPLED, VerifyMode.COMMIT]
+    return arguments | {
+        "verify_mode": _ints([int(modes[(variant + b) // 2 % 3]) for b in range(3)]),
+        "temperature": torch.tensor([0.9, 0.6, 0.8]),
+        "draft_probs": torch.softmax(_logits(rows, vocab, g, torch.float32) * (variant % 2), -1),
+        "force_positions": _ints([-1, 52 + variant, -1]), "force_tokens": torch.tensor([7, 8, 9]),
+        "tickets": _ints([0] * 3),
+    }  # fmt: skip
+
+
 def gumbel_noise(variant: int) -> Args:
     return {
         "noise": torch.full((3, 1001), torch.nan), "seed": torch.tensor([1, 2**40, -3]) + variant,
@@ -241,5 +256,9 @@ REPLAY_CASES = [
         name="commit_-tickets",
     ),
     ReplayCase("verify_", verify, _VERIFIED),
+    ReplayCase(
+        "verify_", verify_drawn_drafts, (*_VERIFIED, "force_positions", "tickets"),
+        name="verify_-drawn-drafts",
+    ),
     ReplayCase("gumbel_noise_", gumbel_noise, ("noise",)),
 ]  # fmt: skip
