@@ -82,6 +82,11 @@ STORE_16 = r"STG\.E\.(?:\w+\.)*128"
 CP_ASYNC_16 = r"LDGSTS\.E\.(?:\w+\.)*128"
 
 
+def attention_simt_smem(head_dim: int) -> int:
+    """Bytes of 16 queries, 32 keys or values, and probabilities (attention/kernel_simt.cuh)."""
+    return 4 * ((16 + 32) * (head_dim | 1) + 16 * 32)
+
+
 def attention_mma_smem(name: str) -> int:
     """Bytes of the ring of K and V tiles (attention/tile_loader.cuh)."""
     head_dim, tile_rows = map(int, arguments(name)[1:])
@@ -169,6 +174,27 @@ RULES: list[Rule] = [
         min_ctas={"all": 2},
         instructions={"LDSM": 2 * 4, "HMMA": 4 * 4, CP_ASYNC_16: 8},
         dynamic_smem=attention_mma_smem,
+    ),
+    # ---- attention around them. Combine is latency-bound: 8 partial rows a warp on their way. The
+    # general kernel holds 16 + 32 rows of float32 in shared memory, of at most 64, 128, 512 dims.
+    Rule(r"attention_plan_kernel", min_ctas={"all": 1}, dynamic_smem=lambda name: 2304),
+    Rule(r"attention_combine_kernel<\w+, 4>", min_ctas={"all": 4}, instructions={LOAD_16: 8}),
+    Rule(r"attention_combine_kernel<\w+, 1>", min_ctas={"all": 4}),
+    Rule(
+        r"attention_simt_kernel<\w+, 2>",
+        min_ctas={"all": 4},
+        dynamic_smem=lambda name: attention_simt_smem(64),
+    ),
+    Rule(
+        r"attention_simt_kernel<\w+, 4>",
+        min_ctas={"all": 4, "sm_120": 3},
+        dynamic_smem=lambda name: attention_simt_smem(128),
+    ),
+    Rule(
+        r"attention_simt_kernel<\w+, 16>",
+        # sm_120: 100544 bytes fit its 99 KiB; the 1024 more are the driver's own, listed as static.
+        min_ctas={"all": 1, "sm_120": 0},
+        dynamic_smem=lambda name: attention_simt_smem(512),
     ),
     # ---- commit: all loads of a thread's 32 ids in flight (the aligned and the general path each);
     # 4 CTAs of a greedy scan, so that one block of 32 rows x 131072 is resident at once.

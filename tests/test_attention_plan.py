@@ -224,12 +224,16 @@ def test_any_batch(data) -> None:
 
 def test_a_long_context_fills_the_gpu_and_a_full_gpu_is_not_cut() -> None:
     alone = check(BATCHES["one-block"])
-    assert len(alone.items) * 8 >= 120, "132 SMs, 8 kv heads: nearly a CTA each"
+    assert 120 <= len(alone.items) * 8 <= 132, "132 SMs, 8 kv heads: one wave, nearly full"
     assert alone.header["tile_rows"] == 128 and alone.header["max_item_keys"] == 512
     few = check(BATCHES["few-keys"])
     assert few.header["max_item_keys"] == 256, "64 CTAs of 256 keys rather than 32 of 512"
     crowd = check(Batch(tuple(Request(32, 2048, FULL) for _ in range(40)), 32, 8, num_sms=132))
     assert crowd.header["num_slots"] == 0, "320 CTAs fill 132 SMs without splits"
+    half = check(Batch(tuple(Request(32, 4096, FULL) for _ in range(8)), 32, 8, num_sms=132))
+    assert len(half.items) == 16, "128 CTAs of 2048 keys: one wave, not two of 1408"
+    prompt = check(Batch((Request(600, 600),), 32, 8, num_sms=40))
+    assert prompt.header["num_slots"] == 0, "lengths from 32 to 600 even out by themselves"
 
 
 def test_workspace_does_not_grow_with_the_context() -> None:
@@ -239,7 +243,7 @@ def test_workspace_does_not_grow_with_the_context() -> None:
         arguments, options = batch.arguments()
         plan = ops.attention_plan(*arguments, **options)
         sizes.add(plan.numel())
-        assert parse(plan, batch).header["num_slots"] <= 2 * 17
+        assert parse(plan, batch).header["num_slots"] <= 4 * 16
     assert len(sizes) == 1
 
 
@@ -267,9 +271,9 @@ def test_opcheck() -> None:
 def test_compiles() -> None:
     arguments, options = BATCHES["mixed"].arguments()
     compiled = torch.compile(
-        lambda *a: ops.attention_plan(*a, **options) + 1, backend=COMPILE_BACKEND, fullgraph=True
+        lambda *a: ops.attention_plan(*a, **options) * 2, backend=COMPILE_BACKEND, fullgraph=True
     )
-    assert_equal(compiled(*arguments), ops.attention_plan(*arguments, **options) + 1)
+    assert_equal(compiled(*arguments), ops.attention_plan(*arguments, **options) * 2)
 
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)

@@ -121,9 +121,9 @@ PlanShape new_plan_shape(const char* op, int64_t total_q, int64_t batch, int64_t
   }
   const int32_t tile_rows = attention_tile_rows(total_q, batch, heads_per_kv, split_len);
   const int64_t max_tiles = attention_max_tiles(total_q, batch, heads_per_kv, tile_rows);
-  const int64_t max_cuts = attention_max_cuts(tile_rows, num_kv_heads, num_sms);
+  const int64_t wave = attention_wave(tile_rows, num_kv_heads, num_sms);
   return plan_shape(op, total_q, batch, heads_per_kv, split_len,
-                    attention_max_items(max_tiles, max_cuts, max_seq_len, split_len));
+                    attention_max_items(max_tiles, wave, max_seq_len, split_len));
 }
 
 // The shape of the plan a caller passes to block_attention.

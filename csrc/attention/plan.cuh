@@ -10,8 +10,8 @@ constexpr int kPlanThreads = kPlanBuckets, kPlanWarps = kPlanThreads / kWarpSize
 
 struct PlanSmem {
   int32_t warp_sums[kPlanWarps];
-  int64_t warp_keys[kPlanWarps];
-  int32_t starts[kPlanThreads + 1];  // first tile of each request of the chunk at hand
+  int64_t warp_values[kPlanWarps];
+  int32_t starts[kPlanThreads];  // first tile of each request of the chunk at hand; then key ends of tiles
   int32_t bucket_ends[kPlanBuckets];
 };
 
@@ -36,16 +36,19 @@ __device__ inline int32_t exclusive_sum(PlanSmem* sm, int32_t value, int32_t& to
   return before + sum - value;
 }
 
-// Sum over the CTA, the same in every thread.
-__device__ inline int64_t sum_keys(PlanSmem* sm, int64_t keys) {
+// The least value of the CTA, in every thread.
+__device__ inline int64_t least_of_all(PlanSmem* sm, int64_t value) {
 #pragma unroll
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) keys += __shfl_xor_sync(kFullMask, keys, mask);
-  if (threadIdx.x % kWarpSize == 0) sm->warp_keys[threadIdx.x / kWarpSize] = keys;
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
+    const int64_t other = __shfl_xor_sync(kFullMask, value, mask);
+    value = other < value ? other : value;
+  }
+  if (threadIdx.x % kWarpSize == 0) sm->warp_values[threadIdx.x / kWarpSize] = value;
   __syncthreads();
-  keys = 0;
-  for (int w = 0; w < kPlanWarps; ++w) keys += sm->warp_keys[w];
+  value = sm->warp_values[0];
+  for (int w = 1; w < kPlanWarps; ++w) value = sm->warp_values[w] < value ? sm->warp_values[w] : value;
   __syncthreads();
-  return keys;
+  return value;
 }
 
 // The last of starts[0 .. count) that is at most `index`; skips empty ranges.
@@ -66,15 +69,15 @@ __device__ inline int32_t find_range(int32_t count, int32_t index, const Start& 
 // One CTA, one launch, any batch: tiles of all requests; their splits; items sorted longest first by one stable
 // counting sort. Once per step and reused by all layers, so latency matters and traffic (a few KB) does not: no second
 // launch, no global scratch, threads over tiles (not requests), because one long prompt may own a thousand.
-__global__ void __launch_bounds__(kPlanThreads) attention_plan_kernel(const __grid_constant__ AttentionPlanParams p) {
+__global__ void __launch_bounds__(kPlanThreads, 1)
+    attention_plan_kernel(const __grid_constant__ AttentionPlanParams p) {
   NLD_DYNAMIC_SMEM(PlanSmem, sm);
   const PlanShape& shape = p.shape;
   const PlanArrays plan = plan_arrays(p.plan, shape.max_tiles);
   const int32_t tid = static_cast<int32_t>(threadIdx.x);
 
   // 1. Tiles and their key ranges.
-  int32_t num_tiles = 0;
-  int64_t keys = 0;
+  int32_t num_tiles = 0, longest_tile = 0;
   for (int32_t first = 0; first < shape.batch; first += kPlanThreads) {
     const int32_t request = first + tid, count = min(kPlanThreads, shape.batch - first);
     int32_t mine = 0, chunk_tiles;
@@ -96,14 +99,36 @@ __global__ void __launch_bounds__(kPlanThreads) attention_plan_kernel(const __gr
       const int32_t owner = find_range(count, i, [&](int32_t r) { return sm->starts[r]; });
       const PlanTile tile = plan_tile(p, first + owner, i - sm->starts[owner]);
       plan.tiles[num_tiles + i] = tile;
-      keys += tile.key_end;
+      longest_tile = max(longest_tile, tile.key_end);
     }
     __syncthreads();  // before starts change
     num_tiles = min(num_tiles + chunk_tiles, shape.max_tiles);
   }
-  const int32_t split_keys = plan_split_keys(shape, sum_keys(sm, keys));
+  longest_tile = static_cast<int32_t>(-least_of_all(sm, -longest_tile));  // and the tiles are visible to all threads
 
-  // 2. Splits, slots and unsorted item numbers. sum_keys has made the tiles visible to all threads.
+  // 2. Where the plan chooses: each thread works out what one way to cut costs.
+  int32_t split_keys = 0;
+  if (shape.split_len == 0) {
+    static_assert(kPlanCandidates == kPlanThreads);
+    const int32_t mine = plan_split_keys(longest_tile, tid + 1);
+    int64_t items = 0, keys = 0;
+    for (int32_t first = 0; first < num_tiles; first += kPlanThreads) {
+      const int32_t count = min(kPlanThreads, num_tiles - first);
+      if (tid < count) sm->starts[tid] = plan.tiles[first + tid].key_end;
+      __syncthreads();
+      for (int32_t i = 0; i < count; ++i) {
+        keys += sm->starts[i];
+        items += plan_num_splits(sm->starts[i], mine);
+      }
+      __syncthreads();
+    }
+    const int64_t cost = plan_cost(shape, longest_tile, mine, num_tiles, keys, items);
+    const int64_t least = least_of_all(sm, cost);
+    const int64_t first = least_of_all(sm, cost == least ? tid : kPlanThreads);  // the fewest splits of equal cost
+    split_keys = plan_split_keys(longest_tile, static_cast<int32_t>(first) + 1);
+  }
+
+  // 3. Splits, slots and unsorted item numbers.
   int32_t num_items = 0, num_slots = 0, num_split_tiles = 0, longest = 0;
   for (int32_t first = 0; first < num_tiles; first += kPlanThreads) {
     const int32_t index = first + tid;
@@ -138,7 +163,7 @@ __global__ void __launch_bounds__(kPlanThreads) attention_plan_kernel(const __gr
   __syncthreads();
   for (int w = 0; w < kPlanWarps; ++w) longest = max(longest, sm->warp_sums[w]);
 
-  // 3. Counting sort of the items by length. A thread finds its item's tile by first_item; nothing is kept in between.
+  // 4. Counting sort of the items by length. A thread finds its item's tile by first_item; nothing is kept in between.
   const auto item_at = [&](int32_t i) {
     const int32_t tile = find_range(num_tiles, i, [&](int32_t t) { return plan.tiles[t].first_item; });
     return plan_item(plan.tiles[tile], tile, i - plan.tiles[tile].first_item);

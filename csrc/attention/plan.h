@@ -18,8 +18,9 @@
 namespace nld {
 
 constexpr int32_t kPlanVersion = 0x4e4c4401;
-constexpr int32_t kPlanKeys = 64;      // splits that the plan chooses freely start at multiples of this
-constexpr int32_t kPlanBuckets = 256;  // lengths that sorting tells apart
+constexpr int32_t kPlanKeys = 64;         // splits that the plan chooses freely start at multiples of this
+constexpr int32_t kPlanBuckets = 256;     // lengths that sorting tells apart
+constexpr int32_t kPlanCandidates = 256;  // ways to cut that are compared where the plan chooses
 
 struct PlanHeader {
   int32_t version, batch, total_q, heads_per_kv, tile_rows, split_len;  // what it was made for
@@ -55,11 +56,10 @@ NLD_HD int32_t attention_tile_rows(int64_t total_q, int64_t batch, int64_t heads
 // CTAs of the attention kernels that one SM holds: what a full grid means when key ranges are split.
 NLD_HD int32_t attention_ctas_per_sm(int32_t tile_rows) { return tile_rows == 128 ? 1 : 2; }
 
-// How often the plan may cut key ranges, in all, where it chooses freely. Slots, and so the workspace, grow with the
-// number of SMs, not with the context.
-NLD_HD int64_t attention_max_cuts(int32_t tile_rows, int64_t num_kv_heads, int64_t num_sms) {
-  const int64_t ctas = num_sms * attention_ctas_per_sm(tile_rows);
-  return (ctas + num_kv_heads - 1) / num_kv_heads;
+// Items that run side by side: what the plan fills where it chooses the splits.
+NLD_HD int64_t attention_wave(int32_t tile_rows, int64_t num_kv_heads, int64_t num_sms) {
+  const int64_t items = num_sms * attention_ctas_per_sm(tile_rows) / num_kv_heads;
+  return items > 1 ? items : 1;
 }
 
 NLD_HD int64_t attention_max_tiles(int64_t total_q, int64_t batch, int64_t heads_per_kv, int32_t tile_rows) {
@@ -68,9 +68,11 @@ NLD_HD int64_t attention_max_tiles(int64_t total_q, int64_t batch, int64_t heads
   return total_q * heads_per_kv / tile_rows + partial;
 }
 
-NLD_HD int64_t attention_max_items(int64_t max_tiles, int64_t max_cuts, int64_t max_seq_len, int64_t split_len) {
+// Where the plan chooses, it makes at most two waves of items more than there are tiles: slots, and so the workspace,
+// grow with the number of SMs, not with the context.
+NLD_HD int64_t attention_max_items(int64_t max_tiles, int64_t wave, int64_t max_seq_len, int64_t split_len) {
   if (max_tiles == 0) return 0;
-  if (split_len == 0) return max_tiles + max_cuts;
+  if (split_len == 0) return max_tiles + 2 * wave;
   return max_tiles * (max_seq_len > 0 ? (max_seq_len - 1) / split_len + 1 : 1);
 }
 
@@ -161,15 +163,30 @@ NLD_HD int32_t plan_round_up(int64_t keys) {
   return static_cast<int32_t>((keys + kPlanKeys - 1) / kPlanKeys * kPlanKeys);
 }
 
-// Keys of a split where the plan chooses: `total_keys` over all tiles, shared by as many items as fill the grid. Each
-// split writes and reads 2 * 4 * (head_dim + 2) bytes a row: at 128 rows as much as 256 keys of bfloat16 K and V. Hence
-// 512 keys at least, unless that leaves more than half of the grid idle: then time is one CTA's, and half the keys win.
-NLD_HD int32_t plan_split_keys(const PlanShape& shape, int64_t total_keys) {
-  const int64_t max_cuts = shape.max_items - shape.max_tiles;
-  if (max_cuts <= 0) return INT32_MAX / kPlanKeys * kPlanKeys;
-  const int64_t least = shape.tile_rows == 128 && 2 * total_keys > 512 * max_cuts ? 512 : 256;
-  const int64_t share = (total_keys + max_cuts - 1) / max_cuts;
-  return plan_round_up(share > least ? share : least);
+// The k-th way to cut, k in [1, kPlanCandidates]: the longest tile in k splits, the others in splits of that length.
+// 256 keys at least: at 128 rows the partial result of a split is as large as 256 keys of bfloat16 K and V.
+NLD_HD int32_t plan_split_keys(int32_t longest, int32_t k) {
+  const int32_t keys = plan_round_up((static_cast<int64_t>(longest) + k - 1) / k);
+  return keys > 256 ? keys : 256;
+}
+NLD_HD int64_t plan_num_splits(int32_t key_end, int32_t split_keys) {
+  const int64_t splits = (static_cast<int64_t>(key_end) + split_keys - 1) / split_keys;
+  return splits > 1 ? splits : 1;
+}
+
+// What cutting so is expected to cost, in keys that one CTA works through. Items of one length run in waves; items of
+// many lengths, the longest first, end within one of each other, about an average one. Then 128 keys a wave to begin
+// and end, and the partial results. Estimates: no GPU has been asked yet.
+NLD_HD int64_t plan_cost(const PlanShape& shape, int32_t longest, int32_t split_keys, int64_t num_tiles,
+                         int64_t total_keys, int64_t num_items) {
+  const int64_t cuts = num_items - num_tiles, most = shape.max_items - shape.max_tiles;
+  if (cuts > most) return INT64_MAX;
+  const int64_t wave = most > 2 ? most / 2 : 1, waves = (num_items + wave - 1) / wave;
+  const int64_t longest_item = split_keys < longest ? split_keys : longest;
+  const int64_t in_waves = waves * longest_item;
+  const int64_t packed = total_keys / wave + total_keys / (num_items > 0 ? num_items : 1);
+  const int64_t keys = in_waves < packed ? in_waves : packed;
+  return (keys > longest_item ? keys : longest_item) + waves * 128 + cuts * shape.tile_rows / 16;
 }
 
 // Splits of one tile: of equal length, or at absolute multiples of split_len. At most what the plan has room for (the
@@ -177,7 +194,7 @@ NLD_HD int32_t plan_split_keys(const PlanShape& shape, int64_t total_keys) {
 NLD_HD void plan_split_tile(const PlanShape& shape, int32_t split_keys, PlanTile& tile) {
   int64_t keys = shape.split_len;
   if (shape.split_len == 0) {
-    const int64_t splits = (static_cast<int64_t>(tile.key_end) + split_keys - 1) / split_keys;
+    const int64_t splits = plan_num_splits(tile.key_end, split_keys);
     keys = splits > 1 ? plan_round_up((tile.key_end + splits - 1) / splits) : split_keys;
   }
   int64_t splits = (tile.key_end + keys - 1) / keys;

@@ -13,16 +13,29 @@ inline void build_attention_plan(const AttentionPlanParams& p) {
   const PlanArrays plan = plan_arrays(p.plan, shape.max_tiles);
   PlanHeader header = {
       kPlanVersion, shape.batch, shape.total_q, shape.heads_per_kv, shape.tile_rows, shape.split_len, 0, 0, 0, 0, 0, 0};
-  int64_t keys = 0;
+  int32_t longest = 0;
+  int64_t total_keys = 0;
   for (int32_t request = 0; request < shape.batch; ++request) {
     const int32_t tiles = plan_request_tiles(p, request);
     for (int32_t i = 0; i < tiles && header.num_tiles < shape.max_tiles; ++i) {
       const PlanTile tile = plan_tile(p, request, i);
       plan.tiles[header.num_tiles++] = tile;
-      keys += tile.key_end;
+      longest = std::max(longest, tile.key_end);
+      total_keys += tile.key_end;
     }
   }
-  const int32_t split_keys = plan_split_keys(shape, keys);
+  int32_t split_keys = 0;
+  int64_t least = INT64_MAX;
+  for (int32_t k = 1; k <= kPlanCandidates && shape.split_len == 0; ++k) {
+    const int32_t keys = plan_split_keys(longest, k);
+    int64_t items = 0;
+    for (int32_t i = 0; i < header.num_tiles; ++i) items += plan_num_splits(plan.tiles[i].key_end, keys);
+    const int64_t cost = plan_cost(shape, longest, keys, header.num_tiles, total_keys, items);
+    if (cost < least) {
+      least = cost;
+      split_keys = keys;
+    }
+  }
   std::vector<PlanItem> items;
   for (int32_t i = 0; i < header.num_tiles; ++i) {
     PlanTile& tile = plan.tiles[i];

@@ -202,7 +202,7 @@ def attention_plan_len(
     if split_len > 0:
         items = tiles * (-(-max_seq_len // split_len) if max_seq_len > 0 else 1)
     else:
-        items = tiles + -(-num_sms * (1 if tile_rows == 128 else 2) // num_kv_heads)
+        items = tiles + 2 * max(num_sms * (1 if tile_rows == 128 else 2) // num_kv_heads, 1)
     offset = -(-(_PLAN_HEADER_WORDS + (_PLAN_TILE_WORDS + 1) * tiles) // 4) * 4
     return offset + _PLAN_ITEM_WORDS * items
 

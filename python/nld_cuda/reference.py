@@ -181,10 +181,9 @@ def attention_plan(
     average = -(-total_q * heads_per_kv // batch) if batch else 0
     tile_rows = 128 if average > 64 else 64 if average > 16 or split_len > 0 else 16
     max_tiles = total_q * heads_per_kv // tile_rows + min(batch, total_q) if batch else 0
-    # How often ranges may be cut where the plan chooses: as many items as fill the GPU.
-    max_cuts = -(-num_sms * (1 if tile_rows == 128 else 2) // num_kv_heads)
+    wave = max(num_sms * (1 if tile_rows == 128 else 2) // num_kv_heads, 1)  # items side by side
     max_splits = max(-(-max_seq_len // split_len), 1) if split_len > 0 else 0
-    max_items = max_tiles * max_splits if split_len > 0 else max_tiles + max_cuts * (max_tiles > 0)
+    max_items = max_tiles * max_splits if split_len > 0 else max_tiles + 2 * wave * (max_tiles > 0)
 
     tiles = []  # request, first packed row, packed rows, one past the last key that a row sees
     for b, seq_len in enumerate(seq_lens.tolist()):
@@ -202,11 +201,23 @@ def attention_plan(
             end = int(seen.nonzero().max()) + 1 if seen.any() else 0
             tiles.append((b, begin, rows, end))
 
-    # A split writes and reads a partial result as large as 256 keys at 128 rows: 512 keys at least,
-    # unless more than half of the GPU would then be idle.
-    total = sum(end for *_, end in tiles)
-    least = 512 if tile_rows == 128 and 2 * total > 512 * max_cuts else 256
-    share = -(-max(-(-total // max_cuts), least) // 64) * 64
+    # Where the plan chooses: the longest tile in 1, 2, ... splits, the others likewise; the
+    # cheapest way counts how long the items keep the GPU busy and what their partial results cost.
+    longest_tile = max((end for *_, end in tiles), default=0)
+    total_keys = sum(end for *_, end in tiles)
+
+    def cost(keys: int) -> float:
+        num_items = sum(max(-(-end // keys), 1) for *_, end in tiles)
+        cuts = num_items - len(tiles)
+        if cuts > 2 * wave:
+            return float("inf")
+        longest_item, waves = min(keys, longest_tile), -(-num_items // wave)
+        packed = total_keys // wave + total_keys // max(num_items, 1)
+        busy = max(min(waves * longest_item, packed), longest_item)
+        return busy + waves * 128 + cuts * tile_rows // 16
+
+    ways = [max(-(-longest_tile // k), 256) for k in range(1, 257)]
+    share = min((-(-keys // 64) * 64 for keys in ways), key=cost)  # the first of equal cost
     tile_words: list[list[int]] = []
     split_tiles: list[int] = []
     items: list[list[int]] = []
