@@ -192,8 +192,7 @@ RULES: list[Rule] = [
     ),
     Rule(
         r"attention_simt_kernel<\w+, 16>",
-        # sm_120: 100544 bytes fit its 99 KiB; the 1024 more are the driver's own, listed as static.
-        min_ctas={"all": 1, "sm_120": 0},
+        min_ctas={"all": 1},
         dynamic_smem=lambda name: attention_simt_smem(512),
     ),
     # ---- commit: all loads of a thread's 32 ids in flight (the aligned and the general path each);

@@ -300,7 +300,7 @@ def block_attention(
     Workspace, CPU: a few tiles per thread (less than `700 * (head_dim + 32)` floats each), and
     while there are fewer than 4 (request, kv head, 128-row tile) items per thread,
     `128 * (head_dim + 18)` floats per item and split. CUDA: `128 * (head_dim + 2)` floats for each
-    of about 2 * SMs (request, kv head, 128-row tile, split) at most, whatever the context; with a
+    of 4 * SMs (request, kv head, 128-row tile, split) at most, whatever the context; with a
     split_len of one's own for every such split that `max_pages * page_size` (or the plan) allows.
 
     Raises:
