@@ -359,18 +359,20 @@ def verify_case(b: Bench, case: bench_verify.Case) -> None:
     with on_gpu(b):
         size = case.batch * case.rows * case.vocab * (8 if rejection else 4)
         problems = [bench_verify.Problem(case, seed) for seed in range(b.num_inputs(size))]
+        tickets = [torch.zeros(case.batch, dtype=torch.int32) for _ in problems]
         for p in problems:
             p.run_op()
             assert p.num_accepted.tolist() == [case.accept] * case.batch, p.num_accepted
             p.out_tokens = torch.zeros(case.batch, 1 << 14, dtype=torch.int64)
             p.max_out_lens.fill_(1 << 14)
 
-        def call(p: bench_verify.Problem) -> Callable[[], object]:
+        def call(p: bench_verify.Problem, tickets: torch.Tensor) -> Callable[[], object]:
             return lambda: ops.verify_(
                 p.logits, p.block.view(-1), p.cu_seqlens, p.mode, p.out_tokens, p.out_lens,
                 p.max_out_lens, p.next_tokens, p.seq_lens, p.done, positions=p.positions,
                 temperature=p.temperature, seed=p.seeds, draft_probs=p.draft_probs,
                 eos_token_ids=p.eos, num_emitted=p.num_emitted, num_accepted=p.num_accepted,
+                tickets=tickets,
             )  # fmt: skip
 
         def prepare() -> None:
@@ -378,7 +380,7 @@ def verify_case(b: Bench, case: bench_verify.Case) -> None:
                 p.reset()
 
         contenders = {
-            "nld": Contender([call(p) for p in problems], prepare),
+            "nld": Contender([call(*x) for x in zip(problems, tickets, strict=True)], prepare),
             "torch": Contender([p.run_torch for p in problems[:4]], in_graph=False),
         }
         measured = cuda_timing.measure(contenders, budget_s=b.budget_s)
