@@ -51,7 +51,8 @@ inline void touch_volatile(bool is_write, const void* p, size_t n, void* code) {
   void __tsan_unaligned_volatile_write##n(void* p) { touch_volatile(true, p, n, CODE); }
 extern "C" {
 ATOMIC_HOOKS(8, uint8_t)
-ATOMIC_HOOKS(32, uint32_t) ATOMIC_HOOKS(64, uint64_t) HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8)
+ATOMIC_HOOKS(32, uint32_t)
+ATOMIC_HOOKS(64, uint64_t) HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8)
     HOOKS(16) void __tsan_read_range(void* p, unsigned long n) {
   touch(Kind::Read, p, n, CODE);
 }
