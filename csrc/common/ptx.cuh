@@ -239,7 +239,8 @@ PTX_FN void barrier_arrive(int id, int num_threads PTX_LOC_) {
 }
 
 // ---- global memory, 16 bytes at a time, for data that is used once ------------------------------------------------
-// Read-only for the whole kernel (.nc) and kept out of L1; `p` is aligned to 16 bytes.
+// Read-only for the whole kernel (.nc) and kept out of L1; `p` is aligned to 16 bytes. What the previous kernel wrote
+// may be read so after wait_for_previous_kernel(), but not touched before.
 template <class V>
 PTX_FN V load_once(const V* p PTX_LOC_) {
   static_assert(sizeof(V) == 16);

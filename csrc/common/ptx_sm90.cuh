@@ -261,7 +261,7 @@ PTX_FN T* map_to_rank(T* p, int rank) {
   return static_cast<T*>(::emu::map_rank(p, static_cast<unsigned>(rank)));
 #endif
 }
-// The same in one instruction that knows the address to be shared.
+// The same with an explicit state space. (nvcc 13 makes the same generic loads and stores of both.)
 PTX_FN uint32_t load_from_rank(const uint32_t* p, int rank) {
 #if NLD_ON_DEVICE
   uint32_t value = 0;

@@ -49,37 +49,53 @@ inline int compute_capability() {
 #endif
 }
 
-// Memory that kernels and the test both see.
+// An array of which the test sees one copy and kernels another; the emulator has one for both. Copies are made when the
+// other side asks for it, so a test must not hold on to references across launches.
 template <class T>
 class Array {
  public:
-  explicit Array(size_t size, T fill = T{}) : size_(size) {
-    const size_t bytes = (size * sizeof(T) + 255) / 256 * 256;
+  explicit Array(size_t size, T fill = T{})
+      : size_(size), host_(static_cast<T*>(std::aligned_alloc(256, (size * sizeof(T) + 255) / 256 * 256))) {
+    for (size_t i = 0; i < size; ++i) host_[i] = fill;
 #if NLD_ON_DEVICE
-    void* memory = nullptr;
-    if (cudaMallocManaged(&memory, bytes) != cudaSuccess) throw Failure("no memory");
-    data_ = static_cast<T*>(memory);
-#else
-    data_ = static_cast<T*>(std::aligned_alloc(256, bytes));
+    if (cudaMalloc(&device_, size * sizeof(T)) != cudaSuccess) throw Failure("no memory");
 #endif
-    for (size_t i = 0; i < size; ++i) data_[i] = fill;
   }
   Array(const Array&) = delete;
   ~Array() {
+    std::free(host_);
 #if NLD_ON_DEVICE
-    cudaFree(data_);
-#else
-    std::free(data_);
+    cudaFree(device_);
 #endif
   }
-  T* data() { return data_; }
-  const T* data() const { return data_; }
   size_t size() const { return size_; }
-  T& operator[](size_t i) { return data_[i]; }
+  T& operator[](size_t i) { return host()[i]; }
+  // For the test.
+  T* host() {
+#if NLD_ON_DEVICE
+    if (device_is_newer_) cudaMemcpy(host_, device_, size_ * sizeof(T), cudaMemcpyDeviceToHost);
+    device_is_newer_ = false;
+#endif
+    return host_;
+  }
+  // For kernels.
+  T* data() {
+#if NLD_ON_DEVICE
+    if (!device_is_newer_) cudaMemcpy(device_, host_, size_ * sizeof(T), cudaMemcpyHostToDevice);
+    device_is_newer_ = true;
+    return device_;
+#else
+    return host_;
+#endif
+  }
 
  private:
   size_t size_;
-  T* data_;
+  T* host_;
+#if NLD_ON_DEVICE
+  T* device_ = nullptr;
+  bool device_is_newer_ = false;
+#endif
 };
 
 static std::mt19937 rng(20261121);  // not in a function: its guard would need more of libtsan than the emulator has

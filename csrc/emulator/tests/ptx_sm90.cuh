@@ -166,7 +166,7 @@ void test_tma_box(DType dtype, ptx::Swizzle swizzle) {
   Array<uint32_t> memory(static_cast<size_t>(stride) * size / 4 + 4);
   for (size_t i = 0; i < memory.size(); ++i) memory[i] = static_cast<uint32_t>(i * 2654435761u + 12345);
   spec.data = memory.data();
-  const auto* source = reinterpret_cast<const unsigned char*>(memory.data());
+  const auto* source = reinterpret_cast<const unsigned char*>(memory.host());
   ptx::TensorMap map;
   if (LaunchError error = make_tensor_map(&map, spec)) throw Failure(error);
   for (int trial = 0; trial < 5; ++trial) {
@@ -190,13 +190,13 @@ void test_tma_box(DType dtype, ptx::Swizzle swizzle) {
       const unsigned char* want = inside ? source + from * size : zero;
       const uint32_t where =
           layouts::swizzle(static_cast<uint32_t>(i * size), span);  // the tile starts at a multiple of 1024
-      expect(std::memcmp(out.data() + where, want, static_cast<size_t>(size)) == 0,
+      expect(std::memcmp(out.host() + where, want, static_cast<size_t>(size)) == 0,
              "rank %d, span %d, trial %d: element %d of the box", kRank, span, trial, i);
     }
   }
 }
 inline void test_tma_refusals() {
-  const Array<uint32_t> memory(4096);
+  Array<uint32_t> memory(4096);
   const auto refused = [&](const char* what, auto change) {
     TensorMapSpec spec{memory.data(), DType::kBF16, 2, {64, 16}, {1, 64}, {32, 8}, ptx::Swizzle::k64};
     change(spec);

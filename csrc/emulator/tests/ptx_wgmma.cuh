@@ -105,7 +105,7 @@ void test_wgmma_one() {
   Array<uint32_t> registers(128 * 8);
   const auto put = [&](Array<unsigned char>& image, uint32_t at, int x) {
     const auto bits = static_cast<uint16_t>(encode_half(x, is_bf16));
-    std::memcpy(image.data() + at, &bits, 2);
+    std::memcpy(image.host() + at, &bits, 2);
   };
   for (int m = 0; m < 64; ++m)
     for (int k = 0; k < kWgmmaK; ++k) put(a, operand_offset(as, m, k, kTransA, span), A[m * kWgmmaK + k]);
