@@ -93,7 +93,7 @@ def attention_mma_smem(name: str) -> int:
     return 6 * 64 * head_dim * 2 if tile_rows == 128 else 48 * KIB
 
 
-COMMIT_SMEM = 3 * KIB  # figures of 256 rows and of 8 warps
+COMMIT_SMEM = 5 * KIB  # figures of 256 rows and of 8 warps
 
 
 RULES: list[Rule] = [

@@ -30,7 +30,7 @@ constexpr float kScanInf = __builtin_huge_valf();
 constexpr float kScanMaxFloat = 3.402823466e+38f;
 constexpr float kScanLog2e = 1.44269504f;
 
-inline int64_t num_scan_slices(int64_t vocab) { return (vocab + kScanSliceLen - 1) / kScanSliceLen; }
+NLD_HD int64_t num_scan_slices(int64_t vocab) { return (vocab + kScanSliceLen - 1) / kScanSliceLen; }
 
 // NaN -> -inf, +inf -> the largest finite float.
 __device__ __forceinline__ float clean_logit(float x) { return fminf(fmaxf(x, -kScanInf), kScanMaxFloat); }

@@ -39,10 +39,9 @@ struct CommitWorkspace {
   float* entropy;    // [rows]
   bool* commits;     // [rows]
 };
-NLD_HD int64_t commit_num_slices(int64_t vocab) { return (vocab + kScanSliceLen - 1) / kScanSliceLen; }
 NLD_HD CommitWorkspace commit_workspace(const CommitParams& p) {
   auto* const parts = static_cast<SlicePart*>(p.workspace);
-  auto* const entropy = reinterpret_cast<float*>(parts + p.rows * commit_num_slices(p.vocab));
+  auto* const entropy = reinterpret_cast<float*>(parts + p.rows * num_scan_slices(p.vocab));
   return {parts, entropy, reinterpret_cast<bool*>(entropy + p.rows)};
 }
 

@@ -9,7 +9,7 @@ namespace {
 template <class T>
 LaunchError commit(const CommitParams& p, void* stream) {
   if (p.vocab > kScanMaxVocab) return "vocab must be at most 2^31 - 16385";
-  const int64_t slices = commit_num_slices(p.vocab);
+  const int64_t slices = num_scan_slices(p.vocab);
   // Rows, and after them as many more as requests without rows may need (a thread each).
   const int64_t rows = p.rows + (p.batch + slices * kScanThreads - 1) / (slices * kScanThreads);
   if (rows * slices > INT32_MAX) return "rows * ceil(vocab / 8192) must be below 2^31";
@@ -27,7 +27,7 @@ LaunchError commit(const CommitParams& p, void* stream) {
 }  // namespace
 
 int64_t commit_workspace_bytes(int64_t rows, int64_t vocab) {
-  return rows * (commit_num_slices(vocab) * static_cast<int64_t>(sizeof(SlicePart)) + 5);
+  return rows * (num_scan_slices(vocab) * static_cast<int64_t>(sizeof(SlicePart)) + 5);
 }
 
 LaunchError launch_commit(const CommitParams& p, void* stream) {
