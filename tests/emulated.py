@@ -74,16 +74,13 @@ def build(variant: str) -> Path:
 
 
 class Ops:
-    """`torch.ops.nld_emulated_<variant>`; an op without CUDA kernels falls back to the CPU's."""
+    """`torch.ops.nld_emulated_<variant>`, with the names of `torch.ops.nld`."""
 
     def __init__(self, variant: str | None = None) -> None:
         self.emulated = getattr(torch.ops, f"nld_emulated_{variant or default_variant}")
 
     def __getattr__(self, name: str) -> object:
-        try:
-            return getattr(self.emulated, name)
-        except AttributeError:
-            return getattr(torch.ops.nld, name)
+        return getattr(self.emulated, name)
 
 
 class Library:
