@@ -52,8 +52,8 @@ inline void touch_volatile(bool is_write, const void* p, size_t n, void* code) {
 extern "C" {
 ATOMIC_HOOKS(8, uint8_t)
 ATOMIC_HOOKS(32, uint32_t)
-ATOMIC_HOOKS(64, uint64_t) HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8)
-    HOOKS(16) void __tsan_read_range(void* p, unsigned long n) {
+ATOMIC_HOOKS(64, uint64_t)
+HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16) void __tsan_read_range(void* p, unsigned long n) {
   touch(Kind::Read, p, n, CODE);
 }
 void __tsan_write_range(void* p, unsigned long n) { touch(Kind::Write, p, n, CODE); }
