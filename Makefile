@@ -25,7 +25,7 @@ ASAN := LD_PRELOAD="$(shell c++ -print-file-name=libasan.so) $(shell c++ -print-
         ASAN_OPTIONS=detect_leaks=0
 emulated: build
 	@$(PY) -m pytest --emulated plain --emulated-schedules --emulated-sample 1
-	@$(PY) -m pytest --emulated checked --emulated-sample 2
+	@$(PY) -m pytest --emulated checked --emulated-sample 1
 	@$(ASAN) $(PY) -m pytest --emulated asan --emulated-sample 1
 
 build: .venv/.built
