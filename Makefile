@@ -26,7 +26,7 @@ ASAN := LD_PRELOAD="$(shell c++ -print-file-name=libasan.so) $(shell c++ -print-
 emulated: build
 	@$(PY) -m pytest --emulated plain --emulated-schedules --emulated-sample 1
 	@$(PY) -m pytest --emulated checked --emulated-sample 1
-	@$(ASAN) $(PY) -m pytest --emulated asan --emulated-sample 1
+	@$(ASAN) $(PY) -m pytest --emulated asan --emulated-sample 1 $(foreach op,attention kv_cache sampler verify,tests/test_$(op).py)
 
 build: .venv/.built
 
