@@ -101,12 +101,13 @@ struct RowSlice {
   // Bit i: element i is one of `ids` (any values, those outside the vocabulary are ignored). Warp-uniform cost: a warp
   // without a banned id only looks through the list, 32 ids at a time.
   __device__ __forceinline__ uint32_t banned_mask(const int64_t* ids, int64_t num_ids) const {
-    const int64_t begin = warp_first();
+    const uint64_t begin = warp_first();
     uint32_t mask = 0;
     for (int64_t base = 0; base < num_ids; base += kWarpSize) {
       const int64_t i = base + threadIdx.x % kWarpSize;
-      const int64_t offset = i < num_ids ? ids[i] - begin : -1;
-      unsigned hits = __ballot_sync(kFullMask, offset >= 0 && offset < kScanWarpIds);
+      // Unsigned, so that ids before `begin`, and any nonsense, lie beyond the end.
+      const uint64_t offset = i < num_ids ? static_cast<uint64_t>(ids[i]) - begin : UINT64_MAX;
+      unsigned hits = __ballot_sync(kFullMask, offset < kScanWarpIds);
       while (hits != 0) {
         const int lane = __ffs(hits) - 1;
         hits &= hits - 1;

@@ -108,8 +108,8 @@ __device__ __forceinline__ void scan_slice(const VerifyParams& p, const RowView&
     const ExpSum sums = warp_exp_sum(value, warp_max(thread_max(value)));
     if (lane == 0) sm->sums[warp] = sums;
     if (p.draft_probs == nullptr && !NLD_BUG(verify_residual_keeps_draft)) {  // the residual: all but the draft
-      const int64_t offset = p.block_tokens[view.row + 1] - slice.warp_first();
-      if (offset >= 0 && offset < kScanWarpIds) left_out |= slice.element_bit(static_cast<int>(offset));
+      const int64_t draft = p.block_tokens[view.row + 1];
+      if (slice.warp_holds(draft)) left_out |= slice.element_bit(static_cast<int>(draft - slice.warp_first()));
     }
   } else if (lane == 0) {
     sm->sums[warp] = {-kScanInf, 0.0f, 0.0f};
