@@ -20,13 +20,14 @@ test: build
 	@$(PY) -m pytest $(PYTEST_ARGS)
 
 # The CUDA kernels on the CPU, a few cases of every test: under every order of threads and landing of copies, under the
-# race checker, under AddressSanitizer and UBSan (whose libraries must be there before Python; torch leaks on purpose).
+# race checker, under AddressSanitizer and UBSan (whose libraries must be there before Python; torch leaks on purpose;
+# --capture=sys, so that the report of a sanitizer that ends the process is seen).
 ASAN := LD_PRELOAD="$(shell c++ -print-file-name=libasan.so) $(shell c++ -print-file-name=libubsan.so)" \
         ASAN_OPTIONS=detect_leaks=0
 emulated: build
 	@$(PY) -m pytest --emulated plain --emulated-schedules --emulated-sample 1
 	@$(PY) -m pytest --emulated checked --emulated-sample 1
-	@$(ASAN) $(PY) -m pytest --emulated asan --emulated-sample 1 $(foreach op,attention kv_cache sampler verify,tests/test_$(op).py)
+	@$(ASAN) $(PY) -m pytest --capture=sys --emulated asan --emulated-sample 1 $(foreach op,attention kv_cache sampler verify,tests/test_$(op).py)
 
 build: .venv/.built
 
