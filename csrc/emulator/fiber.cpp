@@ -51,7 +51,11 @@ struct Stacks {  // one mapping; a guard page below each stack
   size_t count = 0, bytes = 0;
   size_t stride() const { return bytes + kGuard; }
   void release() {
-    if (base) munmap(base, count * stride());
+    if (base == nullptr) return;
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(base, count * stride());  // whoever gets these addresses next knows of no frames
+#endif
+    munmap(base, count * stride());
     base = nullptr;
   }
   ~Stacks() { release(); }
