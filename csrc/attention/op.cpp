@@ -337,28 +337,14 @@ void attend_cpu(const AttentionParams& p, const Tensor& like) {
   });
 }
 
-void attention_plan_out_cpu(Tensor seq_lens, Tensor cu_seqlens_q, Tensor mask_mode, int64_t total_q, int64_t num_heads,
-                            int64_t num_kv_heads, int64_t max_seq_len, std::optional<Tensor> block_len,
-                            std::optional<Tensor> block_phase, int64_t split_len, int64_t num_sms, Tensor plan) {
-  AttentionPlanParams p = plan_params(seq_lens, cu_seqlens_q, mask_mode, total_q, num_heads, num_kv_heads, max_seq_len,
-                                      block_len, block_phase, split_len, num_sms, kHostSms);
-  set_plan(p, plan, seq_lens);
-  check_plan_requests(p);
-  build_attention_plan(p);
-}
-
-Tensor attention_plan_cpu(Tensor seq_lens, Tensor cu_seqlens_q, Tensor mask_mode, int64_t total_q, int64_t num_heads,
-                          int64_t num_kv_heads, int64_t max_seq_len, std::optional<Tensor> block_len,
-                          std::optional<Tensor> block_phase, int64_t split_len, int64_t num_sms) {
-  const PlanShape shape = plan_params(seq_lens, cu_seqlens_q, mask_mode, total_q, num_heads, num_kv_heads, max_seq_len,
-                                      block_len, block_phase, split_len, num_sms, kHostSms)
-                              .shape;
-  const Tensor plan =
-      torch::stable::new_zeros(seq_lens, {attention_plan_len(shape.max_tiles, shape.max_items)}, ScalarType::Int);
-  attention_plan_out_cpu(seq_lens, cu_seqlens_q, mask_mode, total_q, num_heads, num_kv_heads, max_seq_len, block_len,
-                         block_phase, split_len, num_sms, plan);
-  return plan;
-}
+struct HostPlanner {
+  explicit HostPlanner(const Tensor&) {}
+  int32_t num_sms() const { return kHostSms; }
+  void build(const AttentionPlanParams& p) const {
+    check_plan_requests(p);
+    build_attention_plan(p);
+  }
+};
 
 void block_attention_out_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens,
                              Tensor cu_seqlens_q, Tensor mask_mode, std::optional<Tensor> block_len,
@@ -383,29 +369,13 @@ AttentionLauncher* pick_attention_kernel(const AttentionParams& p) {
        " (tensor cores: bfloat16 and float16 with 64, 96, 128; all dtypes up to ", kMaxSimtDim, ")");
 }
 
-void attention_plan_out_cuda(Tensor seq_lens, Tensor cu_seqlens_q, Tensor mask_mode, int64_t total_q, int64_t num_heads,
-                             int64_t num_kv_heads, int64_t max_seq_len, std::optional<Tensor> block_len,
-                             std::optional<Tensor> block_phase, int64_t split_len, int64_t num_sms, Tensor plan) {
-  const CudaScope scope(seq_lens);
-  AttentionPlanParams p = plan_params(seq_lens, cu_seqlens_q, mask_mode, total_q, num_heads, num_kv_heads, max_seq_len,
-                                      block_len, block_phase, split_len, num_sms, device_sms());
-  set_plan(p, plan, seq_lens);
-  check_launch(kPlanOp, launch_attention_plan(p, scope.stream()));
-}
+struct CudaPlanner {
+  explicit CudaPlanner(const Tensor& like) : scope(like) {}
+  int32_t num_sms() const { return device_sms(); }
+  void build(const AttentionPlanParams& p) const { check_launch(kPlanOp, launch_attention_plan(p, scope.stream())); }
 
-Tensor attention_plan_cuda(Tensor seq_lens, Tensor cu_seqlens_q, Tensor mask_mode, int64_t total_q, int64_t num_heads,
-                           int64_t num_kv_heads, int64_t max_seq_len, std::optional<Tensor> block_len,
-                           std::optional<Tensor> block_phase, int64_t split_len, int64_t num_sms) {
-  const CudaScope scope(seq_lens);
-  const PlanShape shape = plan_params(seq_lens, cu_seqlens_q, mask_mode, total_q, num_heads, num_kv_heads, max_seq_len,
-                                      block_len, block_phase, split_len, num_sms, device_sms())
-                              .shape;
-  const Tensor plan =
-      torch::stable::new_zeros(seq_lens, {attention_plan_len(shape.max_tiles, shape.max_items)}, ScalarType::Int);
-  attention_plan_out_cuda(seq_lens, cu_seqlens_q, mask_mode, total_q, num_heads, num_kv_heads, max_seq_len, block_len,
-                          block_phase, split_len, num_sms, plan);
-  return plan;
-}
+  CudaScope scope;  // first: the SMs are those of the tensors' device
+};
 
 void block_attention_out_cuda(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens,
                               Tensor cu_seqlens_q, Tensor mask_mode, std::optional<Tensor> block_len,
@@ -443,6 +413,32 @@ void block_attention_out_cuda(Tensor q, Tensor k_cache, Tensor v_cache, Tensor p
   check_launch(kOp, launch_attention_combine(p, scope.stream()));
 }
 #endif
+
+// Planner: HostPlanner or CudaPlanner.
+template <class Planner>
+void attention_plan_out(Tensor seq_lens, Tensor cu_seqlens_q, Tensor mask_mode, int64_t total_q, int64_t num_heads,
+                        int64_t num_kv_heads, int64_t max_seq_len, std::optional<Tensor> block_len,
+                        std::optional<Tensor> block_phase, int64_t split_len, int64_t num_sms, Tensor plan) {
+  const Planner planner(seq_lens);
+  AttentionPlanParams p = plan_params(seq_lens, cu_seqlens_q, mask_mode, total_q, num_heads, num_kv_heads, max_seq_len,
+                                      block_len, block_phase, split_len, num_sms, planner.num_sms());
+  set_plan(p, plan, seq_lens);
+  planner.build(p);
+}
+
+template <class Planner>
+Tensor attention_plan(Tensor seq_lens, Tensor cu_seqlens_q, Tensor mask_mode, int64_t total_q, int64_t num_heads,
+                      int64_t num_kv_heads, int64_t max_seq_len, std::optional<Tensor> block_len,
+                      std::optional<Tensor> block_phase, int64_t split_len, int64_t num_sms) {
+  const Planner planner(seq_lens);
+  AttentionPlanParams p = plan_params(seq_lens, cu_seqlens_q, mask_mode, total_q, num_heads, num_kv_heads, max_seq_len,
+                                      block_len, block_phase, split_len, num_sms, planner.num_sms());
+  const Tensor plan =
+      torch::stable::new_zeros(seq_lens, {attention_plan_len(p.shape.max_tiles, p.shape.max_items)}, ScalarType::Int);
+  set_plan(p, plan, seq_lens);
+  planner.build(p);
+  return plan;
+}
 
 // The overload that makes its outputs; kOut is the one that takes them.
 template <auto kOut>
@@ -482,16 +478,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(NLD_NAMESPACE, m) {
 
 #if !NLD_EMULATED
 STABLE_TORCH_LIBRARY_IMPL(nld, CPU, m) {
-  m.impl("attention_plan", TORCH_BOX(&attention_plan_cpu));
-  m.impl("attention_plan.out", TORCH_BOX(&attention_plan_out_cpu));
+  m.impl("attention_plan", TORCH_BOX(&attention_plan<HostPlanner>));
+  m.impl("attention_plan.out", TORCH_BOX(&attention_plan_out<HostPlanner>));
   m.impl("block_attention", TORCH_BOX(&block_attention<block_attention_out_cpu>));
   m.impl("block_attention.out", TORCH_BOX(&block_attention_out_cpu));
 }
 #endif
 #if NLD_CUDA
 STABLE_TORCH_LIBRARY_IMPL(NLD_NAMESPACE, NLD_CUDA_KEY, m) {
-  m.impl("attention_plan", TORCH_BOX(&attention_plan_cuda));
-  m.impl("attention_plan.out", TORCH_BOX(&attention_plan_out_cuda));
+  m.impl("attention_plan", TORCH_BOX(&attention_plan<CudaPlanner>));
+  m.impl("attention_plan.out", TORCH_BOX(&attention_plan_out<CudaPlanner>));
   m.impl("block_attention", TORCH_BOX(&block_attention<block_attention_out_cuda>));
   m.impl("block_attention.out", TORCH_BOX(&block_attention_out_cuda));
 }
