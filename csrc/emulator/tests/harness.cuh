@@ -36,6 +36,27 @@ inline void finish() {
 #endif
 }
 
+#if !NLD_ON_DEVICE
+// Does the race checker look on?
+constexpr bool kIsChecked =
+#if defined(__SANITIZE_THREAD__)
+    true;
+#else
+    false;
+#endif
+
+// The report of a launch, "" if it had nothing to say.
+template <class Kernel>
+std::string report_of(const ::emu::Config& config, Kernel kernel) {
+  try {
+    ::emu::launch(config, "kernel", kernel);
+  } catch (const ::emu::Error& e) {
+    return e.what();
+  }
+  return "";
+}
+#endif
+
 // 10 * major + minor of the GPU; the emulator can do all that Hopper can.
 inline int compute_capability() {
 #if NLD_ON_DEVICE

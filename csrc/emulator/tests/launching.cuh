@@ -10,24 +10,8 @@ using ptx_test::Case;
 using ptx_test::Cases;
 using ptx_test::expect;
 using ptx_test::Failure;
-
-constexpr bool kIsChecked =
-#if defined(__SANITIZE_THREAD__)
-    true;
-#else
-    false;
-#endif
-
-// The report of a launch, "" if it had nothing to say.
-template <class Kernel>
-std::string report_of(const ::emu::Config& config, Kernel kernel) {
-  try {
-    ::emu::launch(config, "kernel", kernel);
-  } catch (const ::emu::Error& e) {
-    return e.what();
-  }
-  return "";
-}
+using ptx_test::kIsChecked;
+using ptx_test::report_of;
 
 template <class Kernel>
 void expect_silence(const ::emu::Config& config, Kernel kernel) {

@@ -8,28 +8,16 @@
 
 namespace nld::ptx_test {
 
-constexpr bool kIsChecked =
-#if defined(__SANITIZE_THREAD__)
-    true;
-#else
-    false;
-#endif
-
 // Runs a kernel whose report must hold `text`. Parts between bars are alternatives: which one depends on the order.
 template <class Kernel>
 void expect_report(const char* text, unsigned num_threads, size_t smem_bytes, Kernel kernel, unsigned num_ctas = 1) {
-  std::string report = "nothing";
-  try {
-    ::emu::launch({dim3(num_ctas), dim3(num_threads), smem_bytes, num_ctas}, "misuse", kernel);
-  } catch (const ::emu::Error& e) {
-    report = e.what();
-  }
+  const std::string report = report_of({dim3(num_ctas), dim3(num_threads), smem_bytes, num_ctas}, kernel);
   const std::string wanted = text;
   for (size_t begin = 0, end; begin <= wanted.size(); begin = end + 1) {
     end = std::min(wanted.find('|', begin), wanted.size());
     if (report.find(wanted.substr(begin, end - begin)) != std::string::npos) return;
   }
-  throw Failure("the report must hold \"" + wanted + "\", got: " + report);
+  throw Failure("the report must hold \"" + wanted + "\", got: " + (report.empty() ? "none" : report));
 }
 // The same for what only the race checker sees.
 template <class Kernel>
