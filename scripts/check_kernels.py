@@ -194,7 +194,7 @@ def problems_of(code: Code, name: str, rules: Sequence[Rule] = RULES) -> Iterato
             yield (
                 f"{where}: must fit {least} CTAs on a multiprocessor, got {fits} "
                 f"({code.registers} registers x {code.max_threads} threads, "
-                f"{rule.dynamic_smem(name) + code.static_smem_bytes} bytes of shared memory)"
+                f"{rule.smem_bytes(name) + code.static_smem_bytes} bytes of shared memory)"
             )
 
 

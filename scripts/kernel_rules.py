@@ -47,14 +47,18 @@ class Rule:
         min_ctas: CTAs that must fit one multiprocessor, by architecture; "all": the others.
         instructions: least number of instructions, by regular expression of the opcode.
         forbidden: opcodes that must not appear.
-        dynamic_smem: bytes of dynamic shared memory of a launch, from the short name.
+        dynamic_smem: bytes of dynamic shared memory of a launch, or a function of the short name.
     """
 
     kernel: str
     min_ctas: Mapping[str, int]
     instructions: Mapping[str, int] = field(default_factory=dict)
     forbidden: Sequence[str] = ()
-    dynamic_smem: Callable[[str], int] = lambda name: 0
+    dynamic_smem: int | Callable[[str], int] = 0
+
+    def smem_bytes(self, name: str) -> int:
+        """Bytes of dynamic shared memory of the kernel with this short name."""
+        return self.dynamic_smem if isinstance(self.dynamic_smem, int) else self.dynamic_smem(name)
 
 
 def ctas_per_sm(kernel: Kernel, rule: Rule, arch: str) -> int:
@@ -63,7 +67,7 @@ def ctas_per_sm(kernel: Kernel, rule: Rule, arch: str) -> int:
     warps = -(-kernel.threads // 32)
     unit = -(-max(kernel.registers, 1) * 32 // 256) * 256
     by_registers = REGISTERS // 4 // unit * 4 // warps
-    smem = rule.dynamic_smem(kernel.name) + kernel.static_smem_bytes
+    smem = rule.smem_bytes(kernel.name) + kernel.static_smem_bytes
     if smem > limits.cta_smem_bytes:
         return 0
     by_smem = limits.smem_bytes // (smem + CTA_RESERVED_SMEM)
@@ -104,29 +108,29 @@ RULES: list[Rule] = [
         r"rope_append_kernel<\w+, [48], 4>",
         min_ctas={"all": 4},
         instructions={LOAD_16: 8, STORE_16: 3},
-        dynamic_smem=lambda name: 4096,
+        dynamic_smem=4096,
     ),
     Rule(
         r"rope_append_kernel<\w+, [48], 1>",
         min_ctas={"all": 8},
         instructions={LOAD_16: 2, STORE_16: 2},
-        dynamic_smem=lambda name: 4096,
+        dynamic_smem=4096,
     ),
     Rule(
         r"rope_append_kernel<\w+, 1, [14]>",
         min_ctas={"all": 8},
-        dynamic_smem=lambda name: 4096,
+        dynamic_smem=4096,
     ),
     Rule(
         r"compact_kernel<uint4>",
         min_ctas={"all": 8},
         instructions={LOAD_16: 1, STORE_16: 1},
-        dynamic_smem=lambda name: 4096,
+        dynamic_smem=4096,
     ),
     Rule(
         r"compact_kernel<(uint2|unsigned (int|short))>",
         min_ctas={"all": 8},
-        dynamic_smem=lambda name: 4096,
+        dynamic_smem=4096,
     ),
     # ---- verify: a thread loads its 32 ids up front, so registers hold what is in flight; the
     # argmax of half types wants the slices of 32 long rows on the machine at once.
@@ -177,23 +181,23 @@ RULES: list[Rule] = [
     ),
     # ---- attention around them. Combine is latency-bound: 8 partial rows a warp on their way. The
     # general kernel holds 16 + 32 rows of float32 in shared memory, of at most 64, 128, 512 dims.
-    Rule(r"attention_plan_kernel", min_ctas={"all": 1}, dynamic_smem=lambda name: 2304),
+    Rule(r"attention_plan_kernel", min_ctas={"all": 1}, dynamic_smem=2304),
     Rule(r"attention_combine_kernel<\w+, 4>", min_ctas={"all": 4}, instructions={LOAD_16: 8}),
     Rule(r"attention_combine_kernel<\w+, 1>", min_ctas={"all": 4}),
     Rule(
         r"attention_simt_kernel<\w+, 2>",
         min_ctas={"all": 4},
-        dynamic_smem=lambda name: attention_simt_smem(64),
+        dynamic_smem=attention_simt_smem(64),
     ),
     Rule(
         r"attention_simt_kernel<\w+, 4>",
         min_ctas={"all": 4, "sm_120": 3},
-        dynamic_smem=lambda name: attention_simt_smem(128),
+        dynamic_smem=attention_simt_smem(128),
     ),
     Rule(
         r"attention_simt_kernel<\w+, 16>",
         min_ctas={"all": 1},
-        dynamic_smem=lambda name: attention_simt_smem(512),
+        dynamic_smem=attention_simt_smem(512),
     ),
     # ---- commit: all loads of a thread's 32 ids in flight (the aligned and the general path each);
     # 4 CTAs of a greedy scan, so that one block of 32 rows x 131072 is resident at once.
@@ -201,25 +205,25 @@ RULES: list[Rule] = [
         r"commit_kernel<b?f16, false>",
         min_ctas={"all": 4},
         instructions={LOAD_16: 2 * 4, "MUFU.EX2": 32},
-        dynamic_smem=lambda name: COMMIT_SMEM,
+        dynamic_smem=COMMIT_SMEM,
     ),
     Rule(
         r"commit_kernel<float, false>",
         min_ctas={"all": 4},
         instructions={LOAD_16: 2 * 8, "MUFU.EX2": 32},
-        dynamic_smem=lambda name: COMMIT_SMEM,
+        dynamic_smem=COMMIT_SMEM,
     ),
     Rule(
         r"commit_kernel<b?f16, true>",
         min_ctas={"all": 3},
         instructions={LOAD_16: 2 * 4, "MUFU.EX2": 32},
-        dynamic_smem=lambda name: COMMIT_SMEM,
+        dynamic_smem=COMMIT_SMEM,
     ),
     Rule(
         r"commit_kernel<float, true>",
         min_ctas={"all": 2},
         instructions={LOAD_16: 2 * 8, "MUFU.EX2": 32},
-        dynamic_smem=lambda name: COMMIT_SMEM,
+        dynamic_smem=COMMIT_SMEM,
     ),
     # A fused multiply-add would draw other tokens than the CPU does.
     Rule(r"gumbel_noise_kernel", min_ctas={"all": 8, "sm_120": 6}, forbidden=("FFMA",)),
