@@ -55,6 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     emulated.default_variant = config.getoption("--emulated") or "plain"
+    config.addinivalue_line("markers", "backends(*names): the test is for these backends only")
     config.addinivalue_line("markers", "slow_emulated: left out of runs with --emulated")
 
 
@@ -79,6 +80,8 @@ def _backends(config: pytest.Config) -> list[Backend]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         backends = _backends(metafunc.config)
+        for mark in metafunc.definition.iter_markers("backends"):
+            backends = [b for b in backends if b.name in mark.args]
         metafunc.parametrize("backend", backends, ids=lambda b: b.id or b.name, indirect=True)
 
 

@@ -18,18 +18,11 @@ from compare import assert_equal
 from nld_cuda import ops
 from test_attention import check, expected, make
 
+pytestmark = pytest.mark.backends("emulated", "cuda")  # those that have this kernel
 ROOT = Path(__file__).parents[1]
 DTYPES = [torch.bfloat16, torch.float16]
 DIMS = [64, 96, 128]
 ROWS_OF_TILE = {16: 3, 64: 12, 128: 27}  # query rows at 4 heads per kv head: tiles not full
-
-
-@pytest.fixture
-def gpu_backend(backend):
-    """The backends that have this kernel."""
-    if backend.name not in ("emulated", "cuda"):
-        pytest.skip("a CUDA kernel")
-    return backend
 
 
 def plan_tile_rows(args: list, options: dict, case: AttentionCase) -> int:
@@ -56,11 +49,11 @@ def run(case: AttentionCase, dtype: torch.dtype, backend) -> tuple:
 @pytest.mark.parametrize("tile_rows", [16, 64, 128])
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_instance(dtype: torch.dtype, dim: int, tile_rows: int, gpu_backend) -> None:
+def test_every_instance(dtype: torch.dtype, dim: int, tile_rows: int, backend) -> None:
     rows = ROWS_OF_TILE[tile_rows]
     requests = (Request(rows, 150, CAUSAL), Request(rows, 2 * rows + 64, FULL))
     case = AttentionCase("x", requests, heads=8, kv_heads=2, dim=dim, softcap=dim / 8.0)
-    args, options = make(case, dtype, gpu_backend.device)
+    args, options = make(case, dtype, backend.device)
     assert plan_tile_rows(args, options, case) == tile_rows
     check(ops.block_attention(*args, **options), args, options)
 
@@ -68,21 +61,21 @@ def test_every_instance(dtype: torch.dtype, dim: int, tile_rows: int, gpu_backen
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64, 100])
 @pytest.mark.parametrize("hnd", [False, True], ids=["nhd", "hnd"])
 @pytest.mark.parametrize("rows", [2, 20])
-def test_pages(page_size: int, hnd: bool, rows: int, gpu_backend) -> None:
+def test_pages(page_size: int, hnd: bool, rows: int, backend) -> None:
     requests = (Request(rows, 217, CAUSAL), Request(rows, page_size), Request(rows, 128, FULL))
     case = AttentionCase("x", requests, heads=6, dim=96, page_size=page_size, hnd=hnd)
-    run(case, torch.bfloat16, gpu_backend)
+    run(case, torch.bfloat16, backend)
 
 
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("shift", [1, 4, 8])
 @pytest.mark.parametrize("which", ["q", "k_cache", "v_cache", "out"])
 def test_rows_that_start_at_no_multiple_of_16_bytes(
-    which: str, shift: int, dim: int, gpu_backend
+    which: str, shift: int, dim: int, backend
 ) -> None:
     """The general kernel takes them; 8 elements are 16 bytes, and other strides than usual."""
     case = AttentionCase("x", (Request(3, 70), Request(9, 131, FULL)), dim=dim, page_size=5)
-    args, options = make(case, torch.float16, gpu_backend.device)
+    args, options = make(case, torch.float16, backend.device)
     want = expected(args, options)
 
     def move(t: torch.Tensor) -> torch.Tensor:  # the values of t, rows `shift` elements longer
@@ -91,8 +84,8 @@ def test_rows_that_start_at_no_multiple_of_16_bytes(
         buffer[..., shift:] = t
         return buffer[..., shift:]
 
-    out = torch.full(args[0].shape, torch.nan, dtype=torch.float16, device=gpu_backend.device)
-    lse = torch.full((case.heads, case.rows), torch.nan, device=gpu_backend.device)
+    out = torch.full(args[0].shape, torch.nan, dtype=torch.float16, device=backend.device)
+    lse = torch.full((case.heads, case.rows), torch.nan, device=backend.device)
     if which == "out":
         out = move(out)
     else:
@@ -108,42 +101,42 @@ def test_rows_that_start_at_no_multiple_of_16_bytes(
 
 
 @pytest.mark.parametrize("heads,kv_heads", [(2, 2), (3, 1), (8, 2), (8, 1), (5, 1), (10, 2)])
-def test_head_ratios(heads: int, kv_heads: int, gpu_backend) -> None:
+def test_head_ratios(heads: int, kv_heads: int, backend) -> None:
     requests = (Request(1, 90), Request(33, 150, BLOCK_CAUSAL, block_len=16, phase=5))
-    run(AttentionCase("x", requests, heads, kv_heads), torch.bfloat16, gpu_backend)
+    run(AttentionCase("x", requests, heads, kv_heads), torch.bfloat16, backend)
 
 
 @pytest.mark.parametrize("seq_len", [1, 15, 16, 17, 63, 64, 65, 127, 128, 129])
 @pytest.mark.parametrize("rows", [1, 20])
-def test_edges_of_key_tiles(seq_len: int, rows: int, gpu_backend) -> None:
+def test_edges_of_key_tiles(seq_len: int, rows: int, backend) -> None:
     modes = [
         Request(min(rows, seq_len), seq_len, FULL),
         Request(rows, seq_len, CAUSAL),
         Request(min(rows, seq_len), seq_len, BLOCK_CAUSAL, block_len=7, phase=2),
         Request(min(rows, seq_len), seq_len, QUADRATIC, block_len=3),
     ]
-    run(AttentionCase("x", tuple(modes)), torch.bfloat16, gpu_backend)
+    run(AttentionCase("x", tuple(modes)), torch.bfloat16, backend)
 
 
 @pytest.mark.parametrize("rows", [15, 16, 17, 31, 32, 33, 64, 65])
-def test_edges_of_row_tiles(rows: int, gpu_backend) -> None:
+def test_edges_of_row_tiles(rows: int, backend) -> None:
     case = AttentionCase("x", (Request(rows, rows + 3),), heads=2, kv_heads=1, split_len=64)
-    run(case, torch.float16, gpu_backend)
+    run(case, torch.float16, backend)
 
 
 @pytest.mark.parametrize("block_len", [1, 2, 15, 16, 63, 64])
-def test_groups_that_cross_tiles(block_len: int, gpu_backend) -> None:
+def test_groups_that_cross_tiles(block_len: int, backend) -> None:
     rows = 2 * (block_len + 1) + block_len // 2 if block_len > 16 else 9 * (block_len + 1)
     requests = (Request(rows, rows + 50, QUADRATIC, block_len),)
-    run(AttentionCase("x", requests, heads=2, kv_heads=1), torch.bfloat16, gpu_backend)
-    run(AttentionCase("x", requests, heads=2, kv_heads=1, split_len=80), torch.half, gpu_backend)
+    run(AttentionCase("x", requests, heads=2, kv_heads=1), torch.bfloat16, backend)
+    run(AttentionCase("x", requests, heads=2, kv_heads=1, split_len=80), torch.half, backend)
 
 
-def test_groups_leave_whole_tiles_unread(gpu_backend) -> None:
+def test_groups_leave_whole_tiles_unread(backend) -> None:
     """Keys of other groups may hold NaN values: their tiles are neither read nor multiplied."""
     block_len = 127  # a group is two tiles of keys; row tiles lie within one group
     case = AttentionCase("x", (Request(256, 256, QUADRATIC, block_len),), heads=1, kv_heads=1)
-    args, options = make(case, torch.bfloat16, gpu_backend.device)
+    args, options = make(case, torch.bfloat16, backend.device)
     want, _ = ops.block_attention(*args, **options)
     check((want, _), args, options)
     pages = args[3][0, 64 // 16 : 128 // 16].long()  # the second tile of the first group: no head
@@ -156,13 +149,11 @@ def test_groups_leave_whole_tiles_unread(gpu_backend) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", DIMS)
-def test_tiles_of_64_and_128_rows_give_equal_bits(
-    dim: int, dtype: torch.dtype, gpu_backend
-) -> None:
+def test_tiles_of_64_and_128_rows_give_equal_bits(dim: int, dtype: torch.dtype, backend) -> None:
     """With a fixed split_len a request's result does not depend on its batch."""
     small = (Request(16, 150, FULL), Request(11, 211, CAUSAL), Request(10, 77, QUADRATIC, 4))
     case = AttentionCase("x", (*small, Request(60, 100)), dim=dim, split_len=64, heads=8)
-    args, options = make(case, dtype, gpu_backend.device)
+    args, options = make(case, dtype, backend.device)
     assert plan_tile_rows(args, options, case) == 128
     out, lse = ops.block_attention(*args, **options)
     check((out, lse), args, options)
@@ -171,7 +162,7 @@ def test_tiles_of_64_and_128_rows_give_equal_bits(
         end = begin + request.rows
         one = [args[0][begin:end], *args[1:3], args[3][b : b + 1], args[4][b : b + 1]]
         one += [
-            torch.tensor([0, request.rows], dtype=torch.int32, device=gpu_backend.device),
+            torch.tensor([0, request.rows], dtype=torch.int32, device=backend.device),
             args[6][b : b + 1],
         ]
         one_options = {
@@ -187,14 +178,14 @@ def test_tiles_of_64_and_128_rows_give_equal_bits(
 @pytest.mark.parametrize("scale", [0.0, -0.3, 3.0])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("rows", [2, 10])
-def test_scales(scale: float, softcap: float, rows: int, gpu_backend) -> None:
+def test_scales(scale: float, softcap: float, rows: int, backend) -> None:
     case = AttentionCase("x", (Request(rows, 90),), heads=8, scale=scale, softcap=softcap)
-    run(case, torch.bfloat16, gpu_backend)
+    run(case, torch.bfloat16, backend)
 
 
-def test_large_scores_keep_their_winner(gpu_backend) -> None:
+def test_large_scores_keep_their_winner(backend) -> None:
     case = AttentionCase("x", (Request(4, 200, FULL), Request(20, 200, FULL)), split_len=128)
-    args, options = make(case, torch.bfloat16, gpu_backend.device)
+    args, options = make(case, torch.bfloat16, backend.device)
     args[0] *= 50
     args[1] *= 50
     check(ops.block_attention(*args, **options), args, options)
@@ -204,9 +195,8 @@ def test_large_scores_keep_their_winner(gpu_backend) -> None:
 @pytest.mark.parametrize("order", emulated.ORDERS)
 @pytest.mark.parametrize("landing", emulated.LANDINGS)
 @pytest.mark.slow_emulated
+@pytest.mark.backends("emulated")  # only the emulator can choose
 def test_any_order_of_threads_and_copies(order: str, landing: str, rows: int, backend) -> None:
-    if backend.name != "emulated":
-        pytest.skip("only the emulator can choose")
     requests = (Request(rows, 203, CAUSAL), Request(rows, 131, QUADRATIC, 4))
     args, options = make(AttentionCase("x", requests, dim=128), torch.bfloat16)
     want = ops.block_attention(*args, **options)
