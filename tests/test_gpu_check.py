@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import gpu_check
-import traffic
 from gpu_check import Check, Result
+from nld_cuda.bench import traffic
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-import grid
 from nld_cuda import reference
+from nld_cuda.bench import grid
 from nld_cuda.ops import MaskMode
 
 

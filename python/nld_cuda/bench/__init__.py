@@ -1,0 +1,1 @@
+"""The benchmark suite behind `nld bench kernels`: every op against its baselines and the roofs."""
