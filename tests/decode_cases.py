@@ -44,11 +44,20 @@ class TinyModel:
 
 
 @cache
-def tiny_model(vocab: int = 61, seed: int = 0, layers: int = 2) -> TinyModel:
-    """A model with an adapter. A small vocabulary makes drafts agree by chance now and then."""
+def tiny_model(
+    vocab: int = 61,
+    seed: int = 0,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> TinyModel:
+    """A model with an adapter. A small vocabulary makes drafts agree by chance now and then.
+
+    `dtype` is the loaded model's; `changes` replace fields of its config.
+    """
     generator_state = torch.get_rng_state()
     torch.manual_seed(1000 + seed)
-    fields = config_fields(vocab_size=vocab, num_hidden_layers=layers)
+    fields = config_fields(vocab_size=vocab, num_hidden_layers=layers, **changes)
     weights = random_weights(fields)
     # Loud enough that no argmax hangs on rounding; and what all tokens share makes all places
     # predict alike, so that drafts are often right.
@@ -58,7 +67,7 @@ def tiny_model(vocab: int = 61, seed: int = 0, layers: int = 2) -> TinyModel:
     lora = {name: t * 0.4 for name, t in random_lora(fields, rank=4).items()}
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), fields, weights, lora=lora)
-        model = nld_cuda.load(folder, device="cpu")
+        model = nld_cuda.load(folder, device="cpu", dtype=dtype)
     torch.set_rng_state(generator_state)
     adapter = []
     for i in range(layers):

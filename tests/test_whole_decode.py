@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cache
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 import emulated
 import nld_cuda
+from decode_cases import prompt, tiny_model
 from nld_cuda import NLDModel, _library, ops
 
 HAS_CUDA = torch.cuda.is_available() and bool(_library.C.cuda_archs())
@@ -67,3 +69,34 @@ def test_equals_the_cpu(
     assert planned == sum(actual.stats.batch_forwards.values()), (
         "one plan a forward, for all its layers"
     )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "mode,options", [m for m in MODES if m[0] != "diffusion" and "temperature" not in m[1]]
+)
+def test_tensor_cores_emit_the_best_tokens(
+    mode: str, options: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each token's logit, by a dense float32 pass over the text, is the largest or nearly so."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64}
+    tiny = tiny_model(dtype=torch.bfloat16, **heads)
+    model = tiny.model
+    if device == "emulated":
+        emulated.configure()
+        monkeypatch.setattr(ops, "_nld", emulated.Ops())
+        monkeypatch.setattr(model, "plans_attention", True)
+    else:
+        model = copy.deepcopy(model).to("cuda")
+    prompts = [prompt(n, 61) for n in (5, 70)]
+    emitted = nld_cuda.generate(
+        model, prompts, mode, max_new_tokens=12, eos_token_id=(), **options
+    ).tokens
+    for start, tokens in zip(prompts, emitted, strict=True):
+        assert len(tokens) == 12
+        text = start + tokens
+        causal = torch.ones(len(text), len(text)).tril() > 0
+        logits = tiny.logits()(text, list(range(len(text))), causal, None)[len(start) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(tokens)[:, None])
+        short_of = logits.max(dim=1, keepdim=True).values - chosen
+        assert short_of.max() <= 0.1 * logits.std(), "no rounding error picks such a token"
