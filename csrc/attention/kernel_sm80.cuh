@@ -23,24 +23,19 @@
 // unaligned pages inside the kernel made it half as long again.
 #pragma once
 
-#include "attention/rows.cuh"
+#include "attention/item_view.cuh"
 #include "attention/tile_math.cuh"
 
 namespace nld {
 
-// One item of the plan (tile of packed rows, range of keys) for one kv head, worked through by one CTA. What is rarely
-// needed (the tile, the mask) is read again rather than held: registers are what limits the CTAs of an SM.
+// One item of the plan (tile of packed rows, range of keys) for one kv head, worked through by one CTA.
 template <class T, class Shape>
-class ItemWorker {
+class ItemWorker : private ItemView {
  public:
   __device__ __forceinline__ ItemWorker(const MmaParams& p, typename Shape::Smem* sm, int item_index,
                                         const PlanItem& item, int kv_head)
-      : p_(p),
+      : ItemView(p, item_index, item, kv_head),
         sm_(sm),
-        item_index_(item_index),
-        tile_index_(item.tile),
-        kv_head_(kv_head),
-        key_end_(item.key_end),
         lane_(threadIdx.x % kWarpSize),
         warp_(threadIdx.x / kWarpSize),
         warp_row_(Shape::kSharesKeys ? 0 : warp_ * 16),
@@ -51,9 +46,8 @@ class ItemWorker {
     // The first page numbers are asked for before the mask is known: all modes but one begin there.
     TileLoader<Shape> loader(p_, p_.op.page_table + tile().request * p_.op.page_table_stride, kv_head_, key_end_);
     loader.look_up(key_begin);
-    is_quadratic_ = p_.op.mask_mode[tile().request] == static_cast<int32_t>(MaskMode::kQuadratic);
-    hole_begin_ = is_quadratic_ ? row_view(group_mask(), 0).dense_end : key_end_;
-    const int32_t first_key = next_visible(key_begin);
+    read_mask();
+    const int32_t first_key = next_visible<kTileKeys>(key_begin);
     if (first_key != key_begin) loader.look_up(first_key);
     WarpRows<T, Shape> rows;
     if (first_key < key_end_) work(first_key, loader, rows);
@@ -69,40 +63,6 @@ class ItemWorker {
   }
 
  private:
-  __device__ __forceinline__ Plan plan() const { return plan_view(p_.op.plan, p_.op.plan_shape.max_tiles); }
-  __device__ __forceinline__ const PlanItem& item() const { return plan().items[item_index_]; }
-  __device__ __forceinline__ const PlanTile& tile() const { return plan().tiles[tile_index_]; }
-
-  // Query row of packed row `row` of the tile; rows past its end are copies of its last.
-  __device__ __forceinline__ int32_t q_row(int row) const {
-    return static_cast<int32_t>(divide(tile().row_begin + min(row, tile().num_rows - 1), p_.heads_per_kv));
-  }
-
-  // The first tile from `key` on in which a row sees a key. Only groups leave holes: the plan has cut off the ends.
-  __device__ __forceinline__ int32_t next_visible(int32_t key) const {
-    if (key >= hole_begin_ && key < key_end_) {
-      const RequestMask mask = group_mask();
-      const int32_t first_row = q_row(0), last_row = q_row(tile().num_rows - 1);
-      const RowView last_view = row_view(mask, last_row);
-      while (key < key_end_ && !tile_is_seen(mask, first_row, last_row + 1, last_view, key, key + kTileKeys)) {
-        key += kTileKeys;
-      }
-    }
-    return key;
-  }
-
-  // The request's mask where is_quadratic_; saying so spares the other modes' code.
-  __device__ __forceinline__ RequestMask group_mask() const {
-    RequestMask mask = request_mask(p_.op, tile().request);
-    mask.mode = MaskMode::kQuadratic;
-    return mask;
-  }
-
-  // What the warp's row lane % 16 sees.
-  __device__ __forceinline__ RowView view_of_lane(const RequestMask& mask) const {
-    return row_view(mask, q_row(warp_row_ + lane_ % 16));
-  }
-
   __device__ __forceinline__ void team_sync() const {
     if (NLD_BUG(attention_missing_barrier)) return;
     if constexpr (Shape::kSharesKeys) {
@@ -144,7 +104,7 @@ class ItemWorker {
         keys[kAhead - 1] = next_key;
         if (next_key < key_end_) {
           loader.advance();
-          next_key = next_visible(next_key + kTileKeys);
+          next_key = next_visible<kTileKeys>(next_key + kTileKeys);
           loader.look_up(next_key);
         }
       }
@@ -174,7 +134,7 @@ class ItemWorker {
 
     // Meanwhile: what the warp's rows see. Ends grow with the row, so its first row has the lowest and its last one the
     // highest.
-    const int32_t dense_end = view_of_lane(request_mask(p_.op, tile().request)).dense_end;
+    const int32_t dense_end = row_view(request_mask(p_.op, tile().request), q_row(warp_row_ + lane_ % 16)).dense_end;
     const int32_t unmasked_end = min(key_end_, __shfl_sync(kFullMask, dense_end, 0));
     const int32_t last_end = __shfl_sync(kFullMask, dense_end, 15);
     const int32_t warp_end = is_quadratic_ ? key_end_ : min(key_end_, last_end);
@@ -201,13 +161,12 @@ class ItemWorker {
     }
   }
 
-  // cap * tanh(score / cap) by one exp2 and one division: the error is a few ulp of cap.
   __device__ __forceinline__ void cap_scores(float (&s)[Shape::kWarpKeys / 8][4]) const {
 #pragma unroll
     for (int j = 0; j < Shape::kWarpKeys / 8; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        s[j][e] = p_.cap_log2 - __fdividef(2.0f * p_.cap_log2, 1.0f + ptx::exp2_approx(s[j][e] * p_.cap_slope));
+        s[j][e] = cap_score(s[j][e]);
       }
     }
   }
@@ -215,9 +174,7 @@ class ItemWorker {
   // On edge tiles: scores of keys that a row does not see become -inf. A row's 64 keys are one word of bits, worked out
   // by the lane that stands for the row (`dense_end` is its own), so that all mask modes cost one test per element.
   __device__ __forceinline__ void hide_keys(float (&s)[Shape::kWarpKeys / 8][4], int32_t dense_end, int32_t key) const {
-    uint64_t seen = bits_below(dense_end + NLD_BUG(attention_mask_edge) - key);
-    if (is_quadratic_) seen |= group_bits(key);
-    seen &= bits_below(key_end_ - key);
+    const uint64_t seen = seen_word<Shape::kWarpKeys>(warp_row_ + lane_ % 16, dense_end, key);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const uint64_t bits = __shfl_sync(kFullMask, seen, lane_ / 4 + 8 * h) >> (lane_ % 4 * 2);
@@ -229,44 +186,6 @@ class ItemWorker {
           if (!((j < 4 ? low : high) >> (j % 4 * 8 + e) & 1)) s[j][2 * h + e] = -INFINITY;
         }
       }
-    }
-  }
-
-  // The keys of [key, key + 64) that row lane % 16 sees as members of groups.
-  __device__ __forceinline__ uint64_t group_bits(int32_t key) const {
-    const RequestMask mask = group_mask();
-    uint64_t heads = __ballot_sync(kFullMask, is_group_head(mask, key + lane_));
-    if constexpr (Shape::kWarpKeys > kWarpSize) {
-      heads |= static_cast<uint64_t>(__ballot_sync(kFullMask, is_group_head(mask, key + kWarpSize + lane_))) << 32;
-    }
-    return visible_bits(view_of_lane(mask), heads, key);
-  }
-
-  __device__ __forceinline__ RowPlace place(int row) const {
-    const uint32_t packed = tile().row_begin + row, q = divide(packed, p_.heads_per_kv);
-    const uint32_t head = kv_head_ * p_.heads_per_kv.divisor + remainder(packed, q, p_.heads_per_kv);
-    return {static_cast<int64_t>(p_.op.cu_seqlens_q[tile().request]) + q, static_cast<int64_t>(head)};
-  }
-  __device__ __forceinline__ int64_t partial_at(int row) const {
-    return partial_row(p_.op, tile().first_slot + item().split, kv_head_, row);
-  }
-
-  __device__ __forceinline__ void store_lse(int row, float max, float sum) const {
-    const RowPlace at = place(row);
-    p_.op.lse[at.head * p_.op.lse_head_stride + at.token * p_.op.lse_token_stride] = row_lse(max, sum);
-  }
-
-  // Eight elements of a row of out.
-  __device__ __forceinline__ void store_chunk(int row, int chunk, const uint4& value) const {
-    const RowPlace at = place(row);
-    uint16_t* target = static_cast<uint16_t*>(p_.op.out) + at.token * p_.op.out_token_stride +
-                       at.head * p_.op.out_head_stride + chunk * 8;
-    if (p_.out_aligned) {
-      *reinterpret_cast<uint4*>(target) = value;
-    } else {
-      const uint32_t words[4] = {value.x, value.y, value.z, value.w};
-#pragma unroll
-      for (int i = 0; i < 8; ++i) target[i] = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
     }
   }
 
@@ -358,14 +277,9 @@ class ItemWorker {
     __syncthreads();  // before the next item fills the ring
   }
 
-  const MmaParams& p_;
   typename Shape::Smem* sm_;
-  const int item_index_, tile_index_, kv_head_;
-  const int32_t key_end_;
   const int lane_, warp_;
   const int warp_row_, warp_key_;  // first row of the tile, and first key of each 64, of this warp
-  bool is_quadratic_;
-  int32_t hole_begin_;  // every tile below is seen by some row
 };
 
 template <class T, int kHeadDim, int kTileRows>

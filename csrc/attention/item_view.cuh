@@ -1,0 +1,110 @@
+// One item of the plan for one kv head, as the tensor-core kernels see it: which tiles of keys it works through, what
+// its rows see, and where they lie in q, out, lse and the partials.
+#pragma once
+
+#include "attention/mma_params.h"
+#include "attention/rows.cuh"
+#include "common/ptx.cuh"
+
+namespace nld {
+
+// What is rarely needed (the tile, the mask) is read again rather than held: registers limit the CTAs of an SM.
+class ItemView {
+ public:
+  __device__ __forceinline__ ItemView(const MmaParams& p, int item_index, const PlanItem& item, int kv_head)
+      : p_(p), item_index_(item_index), tile_index_(item.tile), kv_head_(kv_head), key_end_(item.key_end) {}
+
+  // Before next_visible and seen_word.
+  __device__ __forceinline__ void read_mask() {
+    is_quadratic_ = p_.op.mask_mode[tile().request] == static_cast<int32_t>(MaskMode::kQuadratic);
+    hole_begin_ = is_quadratic_ ? row_view(group_mask(), 0).dense_end : key_end_;
+  }
+
+  __device__ __forceinline__ Plan plan() const { return plan_view(p_.op.plan, p_.op.plan_shape.max_tiles); }
+  __device__ __forceinline__ const PlanItem& item() const { return plan().items[item_index_]; }
+  __device__ __forceinline__ const PlanTile& tile() const { return plan().tiles[tile_index_]; }
+
+  // Query row of packed row `row` of the tile; rows past its end are copies of its last.
+  __device__ __forceinline__ int32_t q_row(int row) const {
+    return static_cast<int32_t>(divide(tile().row_begin + min(row, tile().num_rows - 1), p_.heads_per_kv));
+  }
+
+  // The first tile of kKeys keys from `key` on in which a row sees a key. Only groups leave holes: the plan has cut off
+  // the ends.
+  template <int kKeys>
+  __device__ __forceinline__ int32_t next_visible(int32_t key) const {
+    if (key >= hole_begin_ && key < key_end_) {
+      const RequestMask mask = group_mask();
+      const int32_t first_row = q_row(0), last_row = q_row(tile().num_rows - 1);
+      const RowView last_view = row_view(mask, last_row);
+      while (key < key_end_ && !tile_is_seen(mask, first_row, last_row + 1, last_view, key, key + kKeys)) key += kKeys;
+    }
+    return key;
+  }
+
+  // The keys of [key, key + 64) (only the first kKeys are asked for) that row `row` sees, of which `dense_end` is
+  // known; a bit each, so that all mask modes cost one test per score. Called by whole warps: any rows, the same `key`.
+  template <int kKeys>
+  __device__ __forceinline__ uint64_t seen_word(int row, int32_t dense_end, int32_t key) const {
+    uint64_t seen = bits_below(dense_end + NLD_BUG(attention_mask_edge) - key);
+    if (is_quadratic_) {
+      const RequestMask mask = group_mask();
+      const int lane = threadIdx.x % kWarpSize;
+      uint64_t heads = __ballot_sync(kFullMask, is_group_head(mask, key + lane));
+      if constexpr (kKeys > kWarpSize) {
+        heads |= static_cast<uint64_t>(__ballot_sync(kFullMask, is_group_head(mask, key + kWarpSize + lane))) << 32;
+      }
+      seen |= visible_bits(row_view(mask, q_row(row)), heads, key);
+    }
+    return seen & bits_below(key_end_ - key);
+  }
+
+  // cap * tanh(score / cap) by one exp2 and one division: the error is a few ulp of cap.
+  __device__ __forceinline__ float cap_score(float score) const {
+    return p_.cap_log2 - __fdividef(2.0f * p_.cap_log2, 1.0f + ptx::exp2_approx(score * p_.cap_slope));
+  }
+
+  __device__ __forceinline__ RowPlace place(int row) const {
+    const uint32_t packed = tile().row_begin + row, q = divide(packed, p_.heads_per_kv);
+    const uint32_t head = kv_head_ * p_.heads_per_kv.divisor + remainder(packed, q, p_.heads_per_kv);
+    return {static_cast<int64_t>(p_.op.cu_seqlens_q[tile().request]) + q, static_cast<int64_t>(head)};
+  }
+  __device__ __forceinline__ int64_t partial_at(int row) const {
+    return partial_row(p_.op, tile().first_slot + item().split, kv_head_, row);
+  }
+
+  __device__ __forceinline__ void store_lse(int row, float max, float sum) const {
+    const RowPlace at = place(row);
+    p_.op.lse[at.head * p_.op.lse_head_stride + at.token * p_.op.lse_token_stride] = row_lse(max, sum);
+  }
+
+  // Eight elements of a row of out.
+  __device__ __forceinline__ void store_chunk(int row, int chunk, const uint4& value) const {
+    const RowPlace at = place(row);
+    uint16_t* target = static_cast<uint16_t*>(p_.op.out) + at.token * p_.op.out_token_stride +
+                       at.head * p_.op.out_head_stride + chunk * 8;
+    if (p_.out_aligned) {
+      *reinterpret_cast<uint4*>(target) = value;
+    } else {
+      const uint32_t words[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) target[i] = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
+    }
+  }
+
+ protected:
+  // The request's mask where is_quadratic_; saying so spares the other modes' code.
+  __device__ __forceinline__ RequestMask group_mask() const {
+    RequestMask mask = request_mask(p_.op, tile().request);
+    mask.mode = MaskMode::kQuadratic;
+    return mask;
+  }
+
+  const MmaParams& p_;
+  const int item_index_, tile_index_, kv_head_;
+  const int32_t key_end_;
+  bool is_quadratic_;
+  int32_t hole_begin_;  // every tile of keys below is seen by some row
+};
+
+}  // namespace nld
