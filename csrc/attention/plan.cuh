@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
       }
       __syncthreads();
     }
-    const int64_t cost = plan_cost(shape, longest_tile, mine, num_tiles, keys, items);
+    const int64_t cost = plan_cut_cost(shape, longest_tile, mine, keys, num_tiles, items);
     const int64_t least = least_of_all(sm, cost);
     const int64_t first = least_of_all(sm, cost == least ? tid : kPlanThreads);  // the fewest splits of equal cost
     split_keys = plan_split_keys(longest_tile, static_cast<int32_t>(first) + 1);

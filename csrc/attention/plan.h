@@ -13,14 +13,13 @@
 
 #include <cstdint>
 
+#include "attention/heuristic.h"
 #include "attention/mask.h"
 
 namespace nld {
 
 constexpr int32_t kPlanVersion = 0x4e4c4401;
-constexpr int32_t kPlanKeys = 64;         // splits that the plan chooses freely start at multiples of this
-constexpr int32_t kPlanBuckets = 256;     // lengths that sorting tells apart
-constexpr int32_t kPlanCandidates = 256;  // ways to cut that are compared where the plan chooses
+constexpr int32_t kPlanBuckets = 256;  // lengths that sorting tells apart
 
 struct PlanHeader {
   int32_t version, batch, total_q, heads_per_kv, tile_rows, split_len;  // what it was made for
@@ -43,24 +42,6 @@ constexpr int32_t kPlanHeaderWords = sizeof(PlanHeader) / 4, kPlanTileWords = si
 static_assert(kPlanHeaderWords % 4 == 0 && kPlanTileWords % 4 == 0 && kPlanItemWords == 4, "16-byte loads");
 
 // ---- sizes, from host integers alone ----
-
-// Rows of a tile, by the average packed rows of a request: fewer rows waste less of the tensor cores, more rows share
-// what is read of K and V. In 16-row tiles the warps of a CTA share the keys, which adds in another order than a warp
-// that owns its rows, as with 64 and 128; with a fixed split_len no row may depend on the batch, so 16 is not used.
-NLD_HD int32_t attention_tile_rows(int64_t total_q, int64_t batch, int64_t heads_per_kv, int64_t split_len) {
-  const int64_t rows = batch > 0 ? (total_q * heads_per_kv + batch - 1) / batch : 0;
-  if (rows > 64) return 128;
-  return rows > 16 || split_len > 0 ? 64 : 16;
-}
-
-// CTAs of the attention kernels that one SM holds: what a full grid means when key ranges are split.
-NLD_HD int32_t attention_ctas_per_sm(int32_t tile_rows) { return tile_rows == 128 ? 1 : 2; }
-
-// Items that run side by side: what the plan fills where it chooses the splits.
-NLD_HD int64_t attention_wave(int32_t tile_rows, int64_t num_kv_heads, int64_t num_sms) {
-  const int64_t items = num_sms * attention_ctas_per_sm(tile_rows) / num_kv_heads;
-  return items > 1 ? items : 1;
-}
 
 NLD_HD int64_t attention_max_tiles(int64_t total_q, int64_t batch, int64_t heads_per_kv, int32_t tile_rows) {
   if (batch == 0) return 0;
@@ -159,34 +140,13 @@ NLD_HD PlanTile plan_tile(const AttentionPlanParams& p, int32_t request, int32_t
   return {request, begin, rows, end < 0 ? 0 : end, 1, 0, -1, 0};
 }
 
-NLD_HD int32_t plan_round_up(int64_t keys) {
-  return static_cast<int32_t>((keys + kPlanKeys - 1) / kPlanKeys * kPlanKeys);
-}
-
-// The k-th way to cut, k in [1, kPlanCandidates]: the longest tile in k splits, the others in splits of that length.
-// 256 keys at least: at 128 rows the partial result of a split is as large as 256 keys of bfloat16 K and V.
-NLD_HD int32_t plan_split_keys(int32_t longest, int32_t k) {
-  const int32_t keys = plan_round_up((static_cast<int64_t>(longest) + k - 1) / k);
-  return keys > 256 ? keys : 256;
-}
-NLD_HD int64_t plan_num_splits(int32_t key_end, int32_t split_keys) {
-  const int64_t splits = (static_cast<int64_t>(key_end) + split_keys - 1) / split_keys;
-  return splits > 1 ? splits : 1;
-}
-
-// What cutting so is expected to cost, in keys that one CTA works through. Items of one length run in waves; items of
-// many lengths, the longest first, end within one of each other, about an average one. Then 128 keys a wave to begin
-// and end, and the partial results. Estimates: no GPU has been asked yet.
-NLD_HD int64_t plan_cost(const PlanShape& shape, int32_t longest, int32_t split_keys, int64_t num_tiles,
-                         int64_t total_keys, int64_t num_items) {
-  const int64_t cuts = num_items - num_tiles, most = shape.max_items - shape.max_tiles;
-  if (cuts > most) return INT64_MAX;
-  const int64_t wave = most > 2 ? most / 2 : 1, waves = (num_items + wave - 1) / wave;
-  const int64_t longest_item = split_keys < longest ? split_keys : longest;
-  const int64_t in_waves = waves * longest_item;
-  const int64_t packed = total_keys / wave + total_keys / (num_items > 0 ? num_items : 1);
-  const int64_t keys = in_waves < packed ? in_waves : packed;
-  return (keys > longest_item ? keys : longest_item) + waves * 128 + cuts * shape.tile_rows / 16;
+// What the split_keys way to cut is expected to take (heuristic.h); with more cuts than the plan has room for: forever.
+NLD_HD int64_t plan_cut_cost(const PlanShape& shape, int32_t longest, int32_t split_keys, int64_t total_keys,
+                             int64_t num_tiles, int64_t num_items) {
+  const int64_t most = shape.max_items - shape.max_tiles;  // two waves
+  if (num_items - num_tiles > most) return INT64_MAX;
+  return plan_cost(shape.tile_rows, most > 2 ? most / 2 : 1,
+                   {split_keys < longest ? split_keys : longest, num_tiles, num_items, total_keys});
 }
 
 // Splits of one tile: of equal length, or at absolute multiples of split_len. At most what the plan has room for (the

@@ -30,7 +30,7 @@ inline void build_attention_plan(const AttentionPlanParams& p) {
     const int32_t keys = plan_split_keys(longest, k);
     int64_t items = 0;
     for (int32_t i = 0; i < header.num_tiles; ++i) items += plan_num_splits(plan.tiles[i].key_end, keys);
-    const int64_t cost = plan_cost(shape, longest, keys, header.num_tiles, total_keys, items);
+    const int64_t cost = plan_cut_cost(shape, longest, keys, total_keys, header.num_tiles, items);
     if (cost < least) {
       least = cost;
       split_keys = keys;

@@ -1,6 +1,7 @@
 // Q, K and V on their way to shared memory: the shape of the ring, its swizzle, and who copies what.
 #pragma once
 
+#include "attention/heuristic.h"
 #include "attention/mma_params.h"
 #include "common/element.cuh"
 #include "common/ptx.cuh"
@@ -20,13 +21,11 @@ struct TileShape {
   static constexpr int kWarpKeys = kSharesKeys ? kTileKeys / kWarps : kTileKeys;
   static constexpr int kChunks = kHeadDim / 8;  // 16-byte chunks of a row
 
-  // CTAs per SM that registers must allow: one more each would spill a few.
-  static constexpr int kMinCtas = kTileRows == 128 ? 1 : kHeadDim <= 64 ? 3 : 2;
+  static constexpr int kMinCtas = attention_register_ctas(kHeadDim, kTileRows);
 
-  // The ring holds K and V tiles in turns. At most 48 KiB let two CTAs of 16 or 64 rows (three of head_dim 64) share an
-  // SM of 100 KiB (sm_86, 89, 120) with two tiles or more under way; 128 rows are one CTA per SM and have four.
+  // The ring holds K and V tiles in turns.
   static constexpr int kSlotChunks = kTileKeys * kChunks, kSlotBytes = kSlotChunks * 16;
-  static constexpr int kSlots = kTileRows == 128 ? 6 : kHeadDim <= 96 ? 4 : 3;
+  static constexpr int kSlots = attention_ring_slots(kHeadDim, kTileRows);
   // Q passes through the slots that the first copies leave free, into registers.
   static constexpr int kQSlots = kTileRows == 128 ? 2 : 1;
   static constexpr int kDepth = kSlots - kQSlots;  // tiles under way

@@ -201,10 +201,11 @@ def attention_plan(
             end = int(seen.nonzero().max()) + 1 if seen.any() else 0
             tiles.append((b, begin, rows, end))
 
-    # Where the plan chooses: the longest tile in 1, 2, ... splits, the others likewise; the
-    # cheapest way counts how long the items keep the GPU busy and what their partial results cost.
+    # Where the plan chooses: the longest tile in 1, 2, ... splits, the others likewise; the way
+    # that takes least by the model of time of csrc/attention/heuristic.h, in nanoseconds.
     longest_tile = max((end for *_, end in tiles), default=0)
     total_keys = sum(end for *_, end in tiles)
+    ctas, key_ns = (1, 20) if tile_rows == 128 else (2, 13)
 
     def cost(keys: int) -> float:
         num_items = sum(max(-(-end // keys), 1) for *_, end in tiles)
@@ -213,8 +214,11 @@ def attention_plan(
             return float("inf")
         longest_item, waves = min(keys, longest_tile), -(-num_items // wave)
         packed = total_keys // wave + total_keys // max(num_items, 1)
-        busy = max(min(waves * longest_item, packed), longest_item)
-        return busy + waves * 128 + cuts * tile_rows // 16
+        arithmetic = key_ns * max(min(waves * longest_item, packed), longest_item)
+        memory = total_keys * ctas * 23 // wave
+        busy = max(arithmetic, memory) + min(arithmetic, memory) // 4
+        partials = 1000 + cuts * tile_rows * ctas * 25 // wave if cuts > 0 else 0
+        return busy + waves * 2000 + partials
 
     ways = [max(-(-longest_tile // k), 256) for k in range(1, 257)]
     share = min((-(-keys // 64) * 64 for keys in ways), key=cost)  # the first of equal cost

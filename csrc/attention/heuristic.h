@@ -1,0 +1,104 @@
+// Every choice that CUDA attention makes for speed and not for correctness, with its reason: rows of a tile, CTAs per
+// SM, shared memory of a CTA, where keys are cut. Integers only, so that the device, the CPU and the Python reference
+// choose alike, bit for bit. Knows no torch.
+//
+// Times are nanoseconds of one GPU (H100: 3000 GB/s copied, 132 SMs; bfloat16, head_dim 128), but only their ratios
+// choose. An A100, an H200 or an RTX card differ by the same factor in memory and tensor cores, to about a third, so
+// one set serves them all: tests/test_heuristic.py asks the time model (benchmarks/time_model.py) what other cuts would
+// gain on each of them. benchmarks/tune.py measures that on a GPU and fits the constants.
+#pragma once
+
+#include <cstdint>
+
+#include "common/hd.h"
+
+namespace nld {
+
+// ---- tiles ----
+
+// Rows of a tile, by the average packed rows of a request: fewer rows waste less of the tensor cores, more rows share
+// what is read of K and V. In 16-row tiles the warps of a CTA share the keys, which adds in another order than a warp
+// that owns its rows, as with 64 and 128; with a fixed split_len no row may depend on the batch, so 16 is not used.
+NLD_HD int32_t attention_tile_rows(int64_t total_q, int64_t batch, int64_t heads_per_kv, int64_t split_len) {
+  const int64_t rows = batch > 0 ? (total_q * heads_per_kv + batch - 1) / batch : 0;
+  if (rows > 64) return 128;
+  return rows > 16 || split_len > 0 ? 64 : 16;
+}
+
+// CTAs of the attention kernels that one SM holds: what a full grid means when key ranges are split.
+NLD_HD int32_t attention_ctas_per_sm(int32_t tile_rows) { return tile_rows == 128 ? 1 : 2; }
+
+// Items that run side by side: what the plan fills where it chooses the splits.
+NLD_HD int64_t attention_wave(int32_t tile_rows, int64_t num_kv_heads, int64_t num_sms) {
+  const int64_t items = num_sms * attention_ctas_per_sm(tile_rows) / num_kv_heads;
+  return items > 1 ? items : 1;
+}
+
+// K and V tiles of 64 keys in the ring of the mma.sync kernels. At most 48 KiB let two CTAs of 16 or 64 rows (three of
+// head_dim 64) share an SM of 100 KiB (sm_86, 89, 120) with two tiles or more under way; 128 rows are one CTA per SM
+// and have four.
+constexpr int attention_ring_slots(int head_dim, int tile_rows) {
+  return tile_rows == 128 ? 6 : head_dim <= 96 ? 4 : 3;
+}
+
+// CTAs per SM that the registers of the mma.sync kernels must allow: one more each would spill a few.
+constexpr int attention_register_ctas(int head_dim, int tile_rows) {
+  return tile_rows == 128 ? 1 : head_dim <= 64 ? 3 : 2;
+}
+
+// ---- where keys are cut ----
+
+constexpr int32_t kPlanKeys = 64;           // splits that the plan chooses freely start at multiples of this
+constexpr int32_t kPlanCandidates = 256;    // ways to cut that are compared where the plan chooses
+constexpr int32_t kPlanMinSplitKeys = 256;  // at 128 rows a partial result is as large as 256 keys of bfloat16 K and V
+
+NLD_HD int32_t plan_round_up(int64_t keys) {
+  return static_cast<int32_t>((keys + kPlanKeys - 1) / kPlanKeys * kPlanKeys);
+}
+
+// The k-th way to cut, k in [1, kPlanCandidates]: the longest tile in k splits, the others in splits of that length.
+NLD_HD int32_t plan_split_keys(int32_t longest, int32_t k) {
+  const int32_t keys = plan_round_up((static_cast<int64_t>(longest) + k - 1) / k);
+  return keys > kPlanMinSplitKeys ? keys : kPlanMinSplitKeys;
+}
+NLD_HD int64_t plan_num_splits(int32_t key_end, int32_t split_keys) {
+  const int64_t splits = (static_cast<int64_t>(key_end) + split_keys - 1) / split_keys;
+  return splits > 1 ? splits : 1;
+}
+
+// The constants of plan_cost. "Key": its K and V for one kv head, 512 bytes.
+constexpr int64_t kMemoryKeyNs = 23;    // 512 bytes at an SM's share of memory, 3000 / 132 = 22.7 GB/s
+constexpr int64_t kItemNs = 2000;       // a CTA's wait for plan, pages and first keys, and its epilogue
+constexpr int64_t kPartialRowNs = 25;   // (head_dim + 2) floats written and read at 42 GB/s: an SM's share of L2
+constexpr int64_t kMergeNs = 1000;      // partial results seen by who merges them, however few
+constexpr int64_t kOverlapDivisor = 4;  // of the shorter of memory and arithmetic a quarter shows
+
+// A key in a CTA that memory does not hold back: tensor cores (128 rows: mma.sync 25, wgmma 13), or 32 KiB under way
+// per microsecond and a half.
+NLD_HD int64_t attention_key_ns(int32_t tile_rows) { return tile_rows == 128 ? 20 : 13; }
+
+// One way to cut a batch.
+struct PlanCut {
+  int32_t longest_item;  // keys
+  int64_t num_tiles, num_items, total_keys;
+};
+
+// What it is expected to take, in nanoseconds without launches: the longer of
+//   memory      all keys through all SMs' shares
+//   arithmetic  the busiest CTA. Items of one length run in waves; items of many lengths, the longest first, end within
+//               one of each other, about an average one
+// and a part of the shorter, a beginning and an end a wave, and the partial results of split tiles through L2.
+NLD_HD int64_t plan_cost(int32_t tile_rows, int64_t wave, const PlanCut& cut) {
+  const int64_t cuts = cut.num_items - cut.num_tiles, ctas = attention_ctas_per_sm(tile_rows);
+  const int64_t waves = (cut.num_items + wave - 1) / wave;
+  const int64_t in_waves = waves * cut.longest_item;
+  const int64_t packed = cut.total_keys / wave + cut.total_keys / (cut.num_items > 0 ? cut.num_items : 1);
+  const int64_t fewest = in_waves < packed ? in_waves : packed;
+  const int64_t keys = fewest > cut.longest_item ? fewest : cut.longest_item;
+  const int64_t arithmetic = keys * attention_key_ns(tile_rows), memory = cut.total_keys * ctas * kMemoryKeyNs / wave;
+  const int64_t longer = arithmetic > memory ? arithmetic : memory, shorter = arithmetic > memory ? memory : arithmetic;
+  const int64_t partials = cuts > 0 ? kMergeNs + cuts * tile_rows * ctas * kPartialRowNs / wave : 0;
+  return longer + shorter / kOverlapDivisor + waves * kItemNs + partials;
+}
+
+}  // namespace nld
