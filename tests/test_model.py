@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compare import assert_equal
-from nld_cuda.decode.kv_cache import KVCache
+from model_session import Session, causal, random_tokens, relative_error
 from nld_cuda.model import ModelConfig, NLDModel, load_model
 from nld_cuda.model.rope import rope_frequencies
 from nld_cuda.model.transformer import rms_norm
@@ -79,63 +79,6 @@ def make(
     weights = random_weights(fields, dtype)
     folder = write_checkpoint(tmp_path / case.name, fields, weights, **kw)
     return load_model(folder, "cpu", dtype), fields, weights
-
-
-class Session:
-    """Requests in one poisoned cache with shuffled pages; `run` appends ragged rows to them."""
-
-    def __init__(self, model: NLDModel, batch: int, capacity: int, page_size: int) -> None:
-        self.model = model
-        pages = KVCache.pages_for(capacity, page_size)
-        self.cache = KVCache(model.config, batch * pages + 3, page_size, model.device, model.dtype)
-        self.cache.k.fill_(torch.nan)
-        self.cache.v.fill_(torch.nan)
-        self.table = self.cache.allocate(
-            batch, capacity, generator=torch.Generator().manual_seed(5)
-        )
-        self.table = torch.cat((self.table, torch.full_like(self.table[:, :2], 2**30)), dim=1)
-        self.lens = [0] * batch
-        self.forward = model.forward
-
-    def run(
-        self, rows: list[Tensor], modes: list[int], keep: bool = True, **kw: Any
-    ) -> list[Tensor]:
-        counts = [r.numel() for r in rows]
-        request = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts))
-        places = [
-            torch.arange(n, n + c, dtype=torch.int32)
-            for n, c in zip(self.lens, counts, strict=True)
-        ]
-        positions = torch.cat(places)
-        lens = [n + c for n, c in zip(self.lens, counts, strict=True)]
-        logits = self.forward(
-            torch.cat(rows),
-            positions,
-            self.cache.slots(self.table, request, positions),
-            self.cache,
-            self.table,
-            torch.tensor(lens, dtype=torch.int32),
-            torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32),
-            torch.tensor(modes, dtype=torch.int32),
-            **kw,
-        )
-        if keep:
-            self.lens = lens
-        return list(logits.split(counts))
-
-
-def causal(n: int) -> Tensor:
-    return torch.ones(n, n, dtype=torch.bool).tril()
-
-
-def relative_error(actual: Tensor, exact: Tensor) -> float:
-    assert actual.shape == exact.shape
-    assert not actual.isnan().any()
-    return float((actual.double() - exact).abs().max() / exact.abs().max())
-
-
-def random_tokens(fields: dict, *counts: int) -> list[Tensor]:
-    return [torch.randint(0, fields["vocab_size"], (n,)) for n in counts]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -319,41 +262,6 @@ def test_yarn_attention_factor() -> None:
     assert scaling(mscale=None, mscale_all_dim=None, factor=0.25) == 1.0
     assert scaling(mscale=2.0, mscale_all_dim=1.0) == pytest.approx(1.5545177444 / 1.2772588722)
     assert scaling(attention_factor=0.7) == 0.7
-
-
-def test_parity_with_transformers(tmp_path: Path) -> None:
-    """Against transformers' own Ministral 3, where that package happens to be installed."""
-    transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, "Ministral3ForCausalLM"):
-        pytest.skip("this transformers has no Ministral3ForCausalLM")
-    rope = YARN | {"original_max_position_embeddings": 16}
-    model, fields, weights = make(tmp_path, Case("hf", {"rope_parameters": rope}))
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "head_dim",
-        "num_key_value_heads",
-        "rms_norm_eps",
-        "max_position_embeddings",
-        "tie_word_embeddings",
-    )
-    config = transformers.Ministral3Config(
-        **{n: fields[n] for n in names}, rope_parameters=rope, sliding_window=None
-    )
-    theirs = transformers.Ministral3ForCausalLM(config).eval()
-    renamed = {
-        n.replace("encoder.", "model.", 1).replace("diffusion_head", "lm_head"): t
-        for n, t in weights.items()
-    }
-    theirs.load_state_dict(renamed)
-    (tokens,) = random_tokens(fields, 50)
-    with torch.no_grad():
-        expected = theirs(tokens[None]).logits[0]
-    (actual,) = Session(model, 1, 50, 16).run([tokens], [CAUSAL])
-    assert relative_error(actual, expected.double()) <= 1e-5
 
 
 def test_compiles_as_one_graph(tmp_path: Path) -> None:
