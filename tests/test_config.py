@@ -113,8 +113,8 @@ def test_config_errors(changes: dict, message: str, tmp_path: Path) -> None:
     "changes,message",
     [
         (
-            {"model_type": "llama"},
-            'model_type "llama" is not supported, only "nemotron_labs_diffusion"',
+            {"model_type": "qwen2"},
+            'model_type "qwen2" is not supported, only "nemotron_labs_diffusion" or "ministral3"',
         ),
         ({"model_type": "nemotron_labs_diffusion_vlm"}, "is not supported"),
         ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported, only "silu"'),
@@ -143,3 +143,17 @@ def test_config_files_that_are_no_config(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             ModelConfig.from_file(tmp_path / "config.json")
+
+
+def test_config_of_causal_families() -> None:
+    """No mask token is asked for; a head_dim that is left out follows from the hidden size."""
+    fields = config_fields(
+        model_type="llama", mask_token_id=None, head_dim=None, hidden_size=48, block_size=None
+    )
+    config = ModelConfig.from_dict(fields)
+    assert config.mask_token_id is None and config.head_dim == 12
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 4}
+    with pytest.raises(ValueError, match=r"high_freq_factor must be > low_freq_factor 4.0, got 4"):
+        ModelConfig.from_dict(fields | {"rope_parameters": llama3})
+    with pytest.raises(ValueError, match="head_dim must be given"):
+        ModelConfig.from_dict(fields | {"hidden_size": 50})

@@ -167,6 +167,57 @@ def test_bfloat16_error(case: Case, tmp_path: Path) -> None:
     assert ours.abs().max() <= 2 * other.abs().max()
 
 
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+    "pad_token_id": None,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+NATIVE = {
+    "ministral3": transformers.Ministral3Config(
+        **SIZES, head_dim=16, rope_parameters=dict(YARN), sliding_window=None
+    ),
+    "mistral": transformers.MistralConfig(**SIZES, head_dim=16, sliding_window=None),
+    "llama": transformers.LlamaConfig(**SIZES),
+    "llama_3.2": transformers.LlamaConfig(
+        **SIZES, rope_parameters=LLAMA3, tie_word_embeddings=True
+    ),
+}
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_native_layouts(family: str, tmp_path: Path) -> None:
+    """Checkpoints that transformers itself wrote, in mode ar; other modes say what is missing."""
+    torch.manual_seed(0)
+    other = transformers.AutoModelForCausalLM.from_config(NATIVE[family]).float().eval()
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    other.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file(), "sharded, as large ones are"
+    model = load_model(tmp_path, "cpu")
+    (tokens,) = random_tokens({"vocab_size": 61}, 50)
+    expected = their_logits(other, tokens, 100)
+    assert relative_error(our_logits(model, tokens, 100), expected.double()) <= 1e-5
+    emitted = nld_cuda.generate(
+        model, [tokens.tolist()], "ar", max_new_tokens=12, eos_token_id=()
+    ).tokens[0]
+    said = other.generate(tokens[None], max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert emitted == said[0, 50:].tolist()
+    for mode in ("linear_spec", "quadratic_spec", "diffusion"):
+        with pytest.raises(ValueError, match=f"mask_token_id must be given in mode {mode}, .*ar"):
+            nld_cuda.generate(model, [[1, 2]], mode, max_new_tokens=2)
+
+
+def test_native_layouts_that_are_refused(tmp_path: Path) -> None:
+    config = transformers.MistralConfig(**SIZES, sliding_window=4096)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match=r"sliding_window 4096 is not supported"):
+        load_model(tmp_path, "cpu")
+
+
 @pytest.mark.parametrize("rank,alpha", [(4, 16), (8, 3)])
 def test_lora_equals_peft(rank: int, alpha: int, tmp_path: Path) -> None:
     """The adapter is written by peft itself: its names, its file, its config."""

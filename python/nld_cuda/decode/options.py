@@ -92,12 +92,18 @@ def make_settings(
         _rule(rule, threshold, quota, revise_threshold) if mode == DIFFUSION else CommitRule.ALL
     )
     mask = model.config.mask_token_id if mask_token_id is None else mask_token_id
-    _check_int("mask_token_id", mask, 0, model.config.vocab_size - 1)
+    if mask is None and mode != AR:
+        raise ValueError(
+            f"generate: mask_token_id must be given in mode {mode}, this model's config.json names "
+            "none: it is made for mode ar"
+        )
+    if mask is not None:
+        _check_int("mask_token_id", mask, 0, model.config.vocab_size - 1)
     _check_int("page_size", page_size, 1)
     return Settings(
         mode=mode,
         block_len=1 if mode == AR else block_length or model.config.block_size,
-        mask_token_id=mask,
+        mask_token_id=0 if mask is None else mask,  # ar has no masks
         use_lora=_use_lora(model, mode, lora),
         rejection=rejection,
         rule=chosen,

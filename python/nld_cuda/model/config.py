@@ -10,8 +10,10 @@ from typing import Any, NoReturn
 
 import torch
 
-MODEL_TYPES = ("nemotron_labs_diffusion",)
-ROPE_TYPES = ("default", "linear", "yarn")
+TRI_MODE_TYPES = ("nemotron_labs_diffusion",)
+# The same layers without a mask token, in transformers' own layout: mode ar only.
+CAUSAL_TYPES = ("ministral3", "mistral", "llama")
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Fields that change the computation, with the only values computed here (absent is fine too).
@@ -32,11 +34,13 @@ class RopeConfig:
     """Rotary embedding and query scale; see rope.py for the formulas.
 
     Attributes:
-        kind: "default", "linear" or "yarn".
+        kind: "default", "linear", "yarn" or "llama3".
         theta: base of the frequencies.
         rotary_dim: leading elements of a head that are rotated; even, at most head_dim.
         factor: stretch of the context; below 1 is legal (the published 3B base model has 0.25).
         original_len: context length in tokens before stretching; also the query scale's period.
+        low_freq_factor, high_freq_factor: rotations over `original_len` at which llama3 ends and
+            starts to stretch.
         beta_fast, beta_slow: rotations over `original_len` at which yarn starts and ends mixing.
         mscale, mscale_all_dim, attention_factor: yarn's factor on cos and sin.
         truncate: whether yarn rounds its mixing range to whole frequencies.
@@ -54,6 +58,8 @@ class RopeConfig:
     mscale_all_dim: float | None = None
     attention_factor: float | None = None
     truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
     query_scale_beta: float = 0.0
 
 
@@ -68,7 +74,8 @@ class ModelConfig:
         max_position_embeddings: tokens the model is made for, prompt and output together.
         tie_word_embeddings: the head is the embedding matrix.
         dtype: the checkpoint's own dtype, None when config.json does not say.
-        mask_token_id: token that stands for a hidden one; always inside the vocabulary.
+        mask_token_id: token that stands for a hidden one, inside the vocabulary; None where the
+            model knows no such token and decodes in mode ar only.
         bos_token_id, pad_token_id: None when config.json does not say.
         eos_token_ids: every id that ends a text, possibly none.
         block_size: diffusion block length of the training, the default of the decode modes.
@@ -86,7 +93,7 @@ class ModelConfig:
     max_position_embeddings: int
     tie_word_embeddings: bool
     dtype: torch.dtype | None
-    mask_token_id: int
+    mask_token_id: int | None
     bos_token_id: int | None
     pad_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -128,7 +135,8 @@ class ModelConfig:
     def from_dict(fields: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
         """Check the fields of a config.json; `source` names it in errors. Raises as `from_file`."""
         read = _Fields(fields, source)
-        read.supported("model_type", MODEL_TYPES, required=True)
+        read.supported("model_type", TRI_MODE_TYPES + CAUSAL_TYPES, required=True)
+        is_tri_mode = fields["model_type"] in TRI_MODE_TYPES
         for name, values in FIXED_FIELDS:
             read.supported(name, values)
         num_heads = read.count("num_attention_heads")
@@ -137,12 +145,16 @@ class ModelConfig:
             read.fail(
                 "num_key_value_heads", f"divide num_attention_heads {num_heads}", num_kv_heads
             )
-        head_dim = read.count("head_dim")
+        hidden_size = read.count("hidden_size")
+        # Files of the causal families may leave it out; that of a tri-mode model never follows
+        # from the other two.
+        derived = None if is_tri_mode or hidden_size % num_heads else hidden_size // num_heads
+        head_dim = read.count("head_dim", default=derived)
         vocab_size = read.count("vocab_size")
         max_positions = read.count("max_position_embeddings")
         return ModelConfig(
             vocab_size=vocab_size,
-            hidden_size=read.count("hidden_size"),
+            hidden_size=hidden_size,
             intermediate_size=read.count("intermediate_size"),
             num_layers=read.count("num_hidden_layers"),
             num_heads=num_heads,
@@ -152,7 +164,7 @@ class ModelConfig:
             max_position_embeddings=max_positions,
             tie_word_embeddings=read.flag("tie_word_embeddings", default=False),
             dtype=_dtype(read),
-            mask_token_id=read.token("mask_token_id", vocab_size, required=True),
+            mask_token_id=read.token("mask_token_id", vocab_size, required=is_tri_mode),
             bos_token_id=read.token("bos_token_id", vocab_size),
             pad_token_id=read.token("pad_token_id", vocab_size),
             eos_token_ids=_eos_token_ids(read, vocab_size),
@@ -267,9 +279,13 @@ def _rope(read: _Fields, head_dim: int, max_positions: int) -> RopeConfig:
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         rule = f"give an even number of rotated elements in [2, {head_dim}] of head_dim {head_dim}"
         rope.fail("partial_rotary_factor", rule, merged.get("partial_rotary_factor", 1.0))
+    low_freq_factor = rope.number("low_freq_factor", default=1.0, minimum=0.0)
+    high_freq_factor = rope.number("high_freq_factor", default=4.0, minimum=0.0)
+    if high_freq_factor <= low_freq_factor:
+        rope.fail("high_freq_factor", f"be > low_freq_factor {low_freq_factor}", high_freq_factor)
     beta = rope.number("llama_4_scaling_beta", default=0.0)
     original_len = rope.get("original_max_position_embeddings")
-    if original_len is None and (kind == "yarn" or beta):
+    if original_len is None and (kind in ("yarn", "llama3") or beta):
         original_len = max_positions
     return RopeConfig(
         kind=kind,
@@ -285,5 +301,7 @@ def _rope(read: _Fields, head_dim: int, max_positions: int) -> RopeConfig:
         mscale_all_dim=rope.optional_number("mscale_all_dim"),
         attention_factor=rope.optional_number("attention_factor"),
         truncate=rope.flag("truncate", default=True),
+        low_freq_factor=low_freq_factor,
+        high_freq_factor=high_freq_factor,
         query_scale_beta=beta,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Frequencies of the rotary embedding: default, linear and YaRN."""
+"""Frequencies of the rotary embedding: default, linear, YaRN and Llama 3."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def rope_frequencies(rope: RopeConfig) -> tuple[Tensor, float]:
 
     YaRN keeps fast frequencies (those that turn more than `beta_fast` times over the original
     context), divides slow ones (under `beta_slow` turns) by `factor`, and mixes linearly between.
+    Llama 3 does the same with other bounds, linearly in the number of turns.
 
     Returns:
         inv_freq: `[rotary_dim / 2]` float32 on the CPU, radians per token.
@@ -28,6 +29,11 @@ def rope_frequencies(rope: RopeConfig) -> tuple[Tensor, float]:
     frequencies = 1.0 / wavelengths
     if rope.kind == "linear":
         return frequencies / rope.factor, 1.0
+    if rope.kind == "llama3":
+        turns = rope.original_len / (2 * math.pi / frequencies)
+        span = rope.high_freq_factor - rope.low_freq_factor
+        kept = ((turns - rope.low_freq_factor) / span).clamp(0, 1)
+        return (1 - kept) * frequencies / rope.factor + kept * frequencies, 1.0
     if rope.kind != "yarn":
         return frequencies, 1.0
 
