@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ class Backend:
     landing: str = "late"
     seed: int = 1
     id: str = ""
+    capability: int = 80  # of the GPU whose kernels are emulated
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,6 +57,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     emulated.default_variant = config.getoption("--emulated") or "plain"
     config.addinivalue_line("markers", "backends(*names): the test is for these backends only")
+    config.addinivalue_line(
+        "markers", "gpus(*capabilities): emulate these GPUs, one after the other (default: 80)"
+    )
     config.addinivalue_line("markers", "slow_emulated: left out of runs with --emulated")
 
 
@@ -77,11 +81,23 @@ def _backends(config: pytest.Config) -> list[Backend]:
     return [b for b in backends if not wanted or b.name.split("-")[0] in wanted]
 
 
+def _emulated_gpus(backend: Backend, capabilities: tuple[int, ...]) -> list[Backend]:
+    if backend.name != "emulated":
+        return [backend]
+    name = backend.id or backend.name
+    return [
+        replace(backend, capability=c, id=name if c == 80 else name.replace("ed", f"ed_sm{c}", 1))
+        for c in capabilities
+    ]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         backends = _backends(metafunc.config)
         for mark in metafunc.definition.iter_markers("backends"):
             backends = [b for b in backends if b.name in mark.args]
+        if mark := metafunc.definition.get_closest_marker("gpus"):
+            backends = [gpu for b in backends for gpu in _emulated_gpus(b, mark.args)]
         metafunc.parametrize("backend", backends, ids=lambda b: b.id or b.name, indirect=True)
 
 
@@ -120,6 +136,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         library = emulated.load()
         library.configure(order=chosen.order, landing=chosen.landing, seed=chosen.seed)
         monkeypatch.setattr(ops, "_nld", library.ops)
+        with library.gpu(chosen.capability):
+            yield chosen
+        return
     elif chosen.name == "rehearsal":
         with pretend_cuda.rehearsal():
             yield chosen

@@ -97,6 +97,8 @@ class Library:
             ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint,
         )  # fmt: skip
         c.nld_emulator_set_bug.argtypes = (ctypes.c_char_p,)
+        c.nld_emulator_set_capability.argtypes = (ctypes.c_int,)
+        c.nld_emulator_set_capability(80)
         c.nld_emulator_track.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
         c.nld_emulator_untrack.argtypes = (ctypes.c_int,)
         c.nld_emulator_traffic.argtypes = (
@@ -120,6 +122,15 @@ class Library:
         self.c.nld_emulator_set(
             ORDERS.index(order), LANDINGS.index(landing), seed, workers, max_resident
         )
+
+    @contextlib.contextmanager
+    def gpu(self, capability: int) -> Iterator[None]:
+        """Let launchers choose as on a GPU of that compute capability (10 * major + minor)."""
+        self.c.nld_emulator_set_capability(capability)
+        try:
+            yield
+        finally:
+            self.c.nld_emulator_set_capability(80)
 
     @contextlib.contextmanager
     def bug(self, name: str) -> Iterator[None]:

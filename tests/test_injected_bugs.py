@@ -55,9 +55,11 @@ class Bug:
     name: str
     body: Callable[[Backend], None]
     how: How
+    gpu: int = 80  # compute capability
 
     def __str__(self) -> str:
-        return f"{self.name}-{self.body.__name__}-{self.how.name}"
+        gpu = "" if self.gpu == 80 else f"-sm{self.gpu}"
+        return f"{self.name}-{self.body.__name__}-{self.how.name}{gpu}"
 
 
 def rope(b: Backend) -> None:
@@ -201,7 +203,8 @@ def run(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
     # Bodies that go to the library themselves get the variant too.
     monkeypatch.setattr(emulated, "Ops", lambda: library.ops)
     monkeypatch.setattr(emulated, "configure", library.configure)
-    bug.body(Backend("emulated", "cpu"))
+    with library.gpu(bug.gpu):
+        bug.body(Backend("emulated", "cpu", capability=bug.gpu))
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=str)

@@ -140,6 +140,19 @@ int resident_ctas(Kernel kernel, int num_threads, int smem_bytes) {
 #endif
 }
 
+// 10 * major + minor of the current device; what the tests say under the emulator.
+inline int compute_capability() {
+#if NLD_ON_DEVICE
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return 10 * major + minor;
+#else
+  return ::emu::options().capability;
+#endif
+}
+
 // Multiprocessors of the current device.
 inline int num_sms() {
 #if NLD_ON_DEVICE

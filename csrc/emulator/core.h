@@ -61,6 +61,7 @@ struct Options {
   bool strict_exit = true;        // a barrier skipped by an exited thread is an error
   size_t stack_bytes = 64 << 10;  // of each thread
   unsigned max_reports = 8;       // data races told about per launch
+  int capability = 90;            // 10 * major + minor of the GPU that launchers see; below 90 no clusters
 };
 Options& options();
 

@@ -244,6 +244,7 @@ void launch(const Config& cfg, const char* kernel_name, const std::function<void
   if (cfg.grid.y > 65535 || cfg.grid.z > 65535) refuse("grid.y and grid.z must be at most 65535");
   if (cfg.smem > 227 * 1024) refuse("more than 227 KiB of shared memory");
   if (!cfg.cluster || cfg.grid.x % cfg.cluster) refuse("grid.x is not a multiple of the cluster");
+  if (cfg.cluster > 1 && options().capability < 90) refuse("clusters need a GPU of compute capability 9.0");
   const Options& o = options();
   const auto num_clusters = unsigned(blocks / cfg.cluster);
   const std::vector<unsigned> order = cluster_order(num_clusters);

@@ -57,19 +57,6 @@ std::string report_of(const ::emu::Config& config, Kernel kernel) {
 }
 #endif
 
-// 10 * major + minor of the GPU; the emulator can do all that Hopper can.
-inline int compute_capability() {
-#if NLD_ON_DEVICE
-  int device = 0, major = 0, minor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return 10 * major + minor;
-#else
-  return 90;
-#endif
-}
-
 // An array of which the test sees one copy and kernels another; the emulator has one for both. Copies are made when the
 // other side asks for it, so a test must not hold on to references across launches.
 template <class T>

@@ -75,7 +75,7 @@ int main(int argc, char** argv) {
 #if NLD_ON_DEVICE
   static_cast<void>(argc);
   static_cast<void>(argv);
-  std::printf("compute capability %d\n", compute_capability());
+  std::printf("compute capability %d\n", nld::compute_capability());
 #else
   ::emu::Options& options = ::emu::options();
   if (argc > 1) options.order = static_cast< ::emu::Order>(std::atoi(argv[1]));
@@ -84,8 +84,8 @@ int main(int argc, char** argv) {
   options.workers = 1;
 #endif
   int num_failed = run(kPortable);
-  if (compute_capability() >= 90) num_failed += run(kSm90);
-  if (compute_capability() == 90) num_failed += run(kSm90a);
+  if (nld::compute_capability() >= 90) num_failed += run(kSm90);
+  if (nld::compute_capability() == 90) num_failed += run(kSm90a);
 #if !NLD_ON_DEVICE
   num_failed += run(kMisuse);
 #endif
