@@ -479,7 +479,7 @@ NAMES = ["q", "k_cache", "v_cache", "page_table", "seq_lens", "cu_seqlens_q", "m
         ),
         (
             {"v_cache": lambda t: t.half()},
-            r"v_cache must have the dtype of q \(float32\), got float16",
+            r"v_cache must have the dtype of k_cache \(float32\), got float16",
         ),
         ({"page_table": lambda t: t.long()}, "page_table must be int32, got int64"),
         ({"page_table": lambda t: t[1:]}, "page_table must have size 5"),

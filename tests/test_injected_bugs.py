@@ -22,6 +22,7 @@ import emulated
 import test_attention
 import test_attention_mma
 import test_attention_plan
+import test_fp8
 import test_kv_cache
 import test_sampler
 import test_sampler_kernel
@@ -64,6 +65,14 @@ class Bug:
 
 def rope(b: Backend) -> None:
     test_kv_cache.test_rope_append(test_kv_cache.CASES[1], F32, b)
+
+
+def rope_fp8(b: Backend) -> None:
+    test_fp8.test_append(test_kv_cache.CASES[1], F32, b)
+
+
+def attention_fp8(b: Backend) -> None:
+    test_fp8.run(ATTENTION_CORRECT[1], BF16, b)
 
 
 def compact(b: Backend) -> None:
@@ -148,6 +157,7 @@ BUGS = [
     Bug("rope_lost_tail", rope, NUMBERS),
     Bug("rope_wrong_half", rope, NUMBERS),
     Bug("rope_wrong_page", test_kv_cache.test_append_follows_the_page_order, NUMBERS),
+    Bug("rope_wrong_scale", rope_fp8, NUMBERS),
     Bug("compact_no_barrier", compact, RACE),
     Bug("compact_lost_tail", compact, NUMBERS),
     Bug("compact_wrong_place", compact, NUMBERS),
@@ -165,6 +175,7 @@ BUGS = [
     Bug("attention_mask_edge", attention, NUMBERS),
     Bug("attention_swapped_fragment", attention, NUMBERS),
     Bug("attention_wrong_page", attention, NUMBERS),
+    Bug("attention_wrong_scale", attention_fp8, NUMBERS),
     Bug("simt_no_barrier", attention_in_splits, RACE),
     Bug("simt_lost_tail", attention_in_splits, NUMBERS),
     Bug("simt_mask_edge", attention_in_splits, NUMBERS),

@@ -34,6 +34,9 @@ struct AttentionParams {
   int64_t out_token_stride, out_head_stride;
   float* lse;  // [num_heads, total_q], natural log
   int64_t lse_head_stride, lse_token_stride;
+  bool is_fp8;           // the caches hold e4m3 of x / scale, else the dtype of q
+  const float* k_scale;  // [num_kv_heads] or null: 1; a factor on the scores of the head
+  const float* v_scale;  // [num_kv_heads] or null: 1; a factor on the head's output, applied where `out` is written
 };
 
 // ---- CUDA ----

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kCombineThreads, 4)
         }
       }
       if (dim < head_dim) {
-        const float scale = row_scale(l);
+        const float scale = row_scale(p, kv_head, l);
         Vec<T, kVec> result;
 #pragma unroll
         for (int e = 0; e < kVec; ++e) result.at[e] = from_float<T>(o.at[e] * scale);

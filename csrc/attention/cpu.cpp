@@ -116,10 +116,58 @@ NLD_INLINE void gather_value(const bf16* x0, const bf16* x1, uint32_t* y, int64_
   for (; i < head_dim; ++i) y[i] = x0[i].bits | (x1 != nullptr ? static_cast<uint32_t>(x1[i].bits) << 16 : 0u);
   for (; i < dims; ++i) y[i] = 0;
 }
+
+// The 128 magnitudes of e4m3 in bfloat16.
+struct E4m3Magnitudes {
+  alignas(64) uint16_t bf16[128];
+};
+constexpr E4m3Magnitudes e4m3_magnitudes() {
+  E4m3Magnitudes table = {};
+  for (int code = 8; code < 127; ++code) table.bf16[code] = static_cast<uint16_t>((code << 4) + (kE4m3Rebias >> 16));
+  table.bf16[127] = 0x7fc0;
+  constexpr uint16_t kSubnormals[8] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};  // n * 2^-9
+  for (int code = 0; code < 8; ++code) table.bf16[code] = kSubnormals[code];
+  return table;
+}
+alignas(64) constexpr E4m3Magnitudes kMagnitudes = e4m3_magnitudes();
+
+// 32 codes to bfloat16 by look-up: half the instructions of load(const e4m3*), and nothing to convert afterwards.
+NLD_INLINE __m512i bf16_of(__m256i codes) {
+  const __m512i code = _mm512_cvtepu8_epi16(codes);
+  const auto table = [](int i) __attribute__((always_inline)) { return _mm512_load_si512(kMagnitudes.bf16 + 32 * i); };
+  const __m512i low = _mm512_permutex2var_epi16(table(0), code, table(1));
+  const __m512i high = _mm512_permutex2var_epi16(table(2), code, table(3));
+  const __mmask32 is_high = _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40));
+  const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(code, _mm512_set1_epi16(0x80)), 8);
+  return _mm512_or_si512(_mm512_mask_mov_epi16(low, is_high, high), sign);
+}
+NLD_INLINE uint32_t bf16_of(e4m3 x) {
+  return kMagnitudes.bf16[x.bits & 0x7f] | static_cast<uint32_t>(x.bits & 0x80) << 8;
+}
+
+NLD_INLINE void gather_key(const e4m3* x, uint32_t* y, int64_t head_dim) {
+  int64_t i = 0;
+  for (; i + 32 <= head_dim; i += 32) {
+    _mm512_storeu_si512(y + i / 2, bf16_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i))));
+  }
+  for (; i < head_dim; i += 2) y[i / 2] = bf16_of(x[i]) | (i + 1 < head_dim ? bf16_of(x[i + 1]) << 16 : 0u);
+}
+NLD_INLINE void gather_value(const e4m3* x0, const e4m3* x1, uint32_t* y, int64_t head_dim, int64_t dims) {
+  int64_t i = 0;
+  for (; i + 16 <= head_dim; i += 16) {
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x0 + i));
+    __m128i high = _mm_setzero_si128();
+    if (x1 != nullptr) high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x1 + i));
+    const __m256i pairs = _mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high));
+    _mm512_storeu_si512(y + i, bf16_of(pairs));
+  }
+  for (; i < head_dim; ++i) y[i] = bf16_of(x0[i]) | (x1 != nullptr ? bf16_of(x1[i]) << 16 : 0u);
+  for (; i < dims; ++i) y[i] = 0;
+}
 #endif
 
 // The next num_keys keys of the request; nothing past them is read, so garbage beyond seq_len stays unseen.
-template <class T, class Dot>
+template <class Kv, class Dot>
 void gather_tile(KvWalker& walker, int64_t num_keys, int64_t head_dim, const Shape& shape,
                  const TileBuffers<Dot>& buffers) {
   const int64_t dim_words = shape.dim_words, dims = shape.dims;
@@ -130,10 +178,10 @@ void gather_tile(KvWalker& walker, int64_t num_keys, int64_t head_dim, const Sha
     for (int half = 0; half < Dot::kPair; ++half) {
       if (i + half >= num_keys) break;
       walker.next(key, value[half]);
-      gather_key(reinterpret_cast<const T*>(key), k, head_dim);
+      gather_key(reinterpret_cast<const Kv*>(key), k, head_dim);
       k += dim_words;
     }
-    gather_value(reinterpret_cast<const T*>(value[0]), reinterpret_cast<const T*>(value[1]), v, head_dim, dims);
+    gather_value(reinterpret_cast<const Kv*>(value[0]), reinterpret_cast<const Kv*>(value[1]), v, head_dim, dims);
   }
 }
 
@@ -159,12 +207,13 @@ void clear(const Accumulator& acc, int64_t rows, int64_t dims) {
   memset(acc.o, 0, rows * dims * sizeof(float));
 }
 
-// One split of the keys into scratch.split, from scratch.q and scratch.view.
-template <class T, class Dot>
+// One split of the keys into scratch.split, from scratch.q and scratch.view. Kv is what the caches hold.
+template <class Kv, class Dot>
 void run_split(const AttentionParams& p, const AttentionItem& item, int64_t split, const Shape& shape,
                Scratch<Dot>& scratch) {
   constexpr int64_t kPanelRows = kPanelVecs * kLanes;
   const RequestMask mask = request_mask(p, item.request);
+  const float scale = p.softmax_scale * scale_of_head(p.k_scale, item.kv_head);
   const int64_t rows = round_up(item.num_rows, kLanes), num_panels = (rows + kPanelRows - 1) / kPanelRows;
   clear(scratch.split, rows, shape.dims);
   // Ends over each panel: keys everybody sees, keys anybody sees.
@@ -185,12 +234,12 @@ void run_split(const AttentionParams& p, const AttentionItem& item, int64_t spli
   const int64_t last = min64(item_end, (split + 1) * p.split_len);
   const int64_t first = split * p.split_len;
   if (first >= last) return;
-  KvWalker walker(p, item, sizeof(T));
-  Prefetcher prefetcher{walker, p.head_dim * static_cast<int64_t>(sizeof(T))};
+  KvWalker walker(p, item, sizeof(Kv));
+  Prefetcher prefetcher{walker, p.head_dim * static_cast<int64_t>(sizeof(Kv))};
   walker.seek(first);
   for (int64_t key0 = first; key0 < last; key0 += kTileKeys) {
     const int64_t num_keys = min64(kTileKeys, last - key0), next = key0 + num_keys;
-    gather_tile<T, Dot>(walker, num_keys, p.head_dim, shape, scratch);
+    gather_tile<Kv, Dot>(walker, num_keys, p.head_dim, shape, scratch);
     prefetcher.start(next, min64(kTileKeys, item_end - next), num_panels * (kTileKeys + shape.dims) / kCols);
     for (int64_t row0 = 0, panel = 0; row0 < rows; row0 += kPanelRows, ++panel) {
       if (any_end[panel] <= key0) continue;
@@ -198,11 +247,11 @@ void run_split(const AttentionParams& p, const AttentionItem& item, int64_t spli
       const int64_t panel_keys = min64(num_keys, any_end[panel] - key0);
       const bool masked = dense_end[panel] < key0 + panel_keys;
       if (rows - row0 >= kPanelRows) {
-        panel_tile<Dot, VecF, kPanelVecs>(p, mask, shape, scratch, row0, key0, panel_keys, masked, prefetcher);
+        panel_tile<Dot, VecF, kPanelVecs>(p, scale, mask, shape, scratch, row0, key0, panel_keys, masked, prefetcher);
       } else if (item.num_rows <= kNarrowLanes) {
-        panel_tile<Dot, VecNarrow, 1>(p, mask, shape, scratch, row0, key0, panel_keys, masked, prefetcher);
+        panel_tile<Dot, VecNarrow, 1>(p, scale, mask, shape, scratch, row0, key0, panel_keys, masked, prefetcher);
       } else {
-        panel_tile<Dot, VecF, 1>(p, mask, shape, scratch, row0, key0, panel_keys, masked, prefetcher);
+        panel_tile<Dot, VecF, 1>(p, scale, mask, shape, scratch, row0, key0, panel_keys, masked, prefetcher);
       }
     }
   }
@@ -227,9 +276,11 @@ void fold(const Accumulator& total, const Accumulator& part, int64_t rows, int64
   }
 }
 
+// The only place where the scale of V is applied.
 template <class T>
 void write_rows(const AttentionParams& p, const AttentionItem& item, const Accumulator& total, int64_t dims) {
   const int64_t heads_per_kv = p.num_heads / p.num_kv_heads, rows = round_up(item.num_rows, kLanes);
+  const float v_scale = scale_of_head(p.v_scale, item.kv_head);
   for (int64_t r = 0; r < item.num_rows; ++r) {
     const int64_t row0 = r / (kPanelVecs * kLanes) * (kPanelVecs * kLanes);
     const int64_t width = min64(kPanelVecs * kLanes, rows - row0);
@@ -239,14 +290,14 @@ void write_rows(const AttentionParams& p, const AttentionItem& item, const Accum
     T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
     const float l = total.l[r];
     const bool seen = total.m[r] != -kInf;
-    for (int64_t dim = 0; dim < p.head_dim; ++dim) from_float(seen ? o[dim * width] / l : 0.0f, out[dim]);
+    for (int64_t dim = 0; dim < p.head_dim; ++dim) from_float(seen ? o[dim * width] / l * v_scale : 0.0f, out[dim]);
     p.lse[head * p.lse_head_stride + token * p.lse_token_stride] = seen ? total.m[r] + logf(l) : -kInf;
   }
 }
 
-// ---- entry points for one element type ----
+// ---- entry points for one element type of q and out, and one of the caches ----
 
-template <class T>
+template <class T, class Kv = T>
 struct Kernel {
   typedef typename DotFor<T>::Type Dot;
 
@@ -260,7 +311,7 @@ struct Kernel {
     set_views<Dot>(request_mask(p, item.request), p, item, s, scratch);
     clear(scratch.total, s.rows, s.dims);
     for (int64_t split = 0; split < item.num_splits; ++split) {
-      run_split<T, Dot>(p, item, split, s, scratch);
+      run_split<Kv, Dot>(p, item, split, s, scratch);
       fold(scratch.total, scratch.split, s.rows, s.dims);
     }
     write_rows<T>(p, item, scratch.total, s.dims);
@@ -272,7 +323,7 @@ struct Kernel {
     scratch.split = accumulator_at(partial, s.rows);
     gather_queries<T, Dot>(p, item, s, scratch);
     set_views<Dot>(request_mask(p, item.request), p, item, s, scratch);
-    run_split<T, Dot>(p, item, split, s, scratch);
+    run_split<Kv, Dot>(p, item, split, s, scratch);
   }
   static void merge(const AttentionParams& p, const AttentionItem& item, const float* partials, int64_t partial_stride,
                     float* memory) {
@@ -303,14 +354,14 @@ struct Kernel {
   }
 };
 
-#define NLD_BY_DTYPE(call)        \
-  switch (p.dtype) {              \
-    case DType::kF32:             \
-      return Kernel<float>::call; \
-    case DType::kBF16:            \
-      return Kernel<bf16>::call;  \
-    case DType::kF16:             \
-      return Kernel<f16>::call;   \
+#define NLD_BY_DTYPE(call)                                               \
+  switch (p.dtype) {                                                     \
+    case DType::kF32:                                                    \
+      return p.is_fp8 ? Kernel<float, e4m3>::call : Kernel<float>::call; \
+    case DType::kBF16:                                                   \
+      return p.is_fp8 ? Kernel<bf16, e4m3>::call : Kernel<bf16>::call;   \
+    case DType::kF16:                                                    \
+      return p.is_fp8 ? Kernel<f16, e4m3>::call : Kernel<f16>::call;     \
   }
 
 int64_t scratch_floats(const AttentionParams& p, int64_t max_rows, int64_t max_keys) {

@@ -275,8 +275,9 @@ NLD_INLINE void exponentiate(DotBf16, float* s, int64_t num_keys, const VecF (&m
 // ---- all of it for one panel: online softmax over the tile, added to the running result of its rows ----
 
 template <class Dot, class Vec, int kVecs>
-void panel_tile(const AttentionParams& p, const RequestMask& mask, const Shape& shape, const TileBuffers<Dot>& buffers,
-                int64_t row0, int64_t key0, int64_t num_keys, bool masked, Prefetcher& prefetcher) {
+void panel_tile(const AttentionParams& p, float scale, const RequestMask& mask, const Shape& shape,
+                const TileBuffers<Dot>& buffers, int64_t row0, int64_t key0, int64_t num_keys, bool masked,
+                Prefetcher& prefetcher) {
   constexpr int kWidth = kVecs * kLanes;
   const float* q = reinterpret_cast<const float*>(buffers.q + row0 * shape.dim_words);
   const Accumulator acc_rows = buffers.split;
@@ -286,9 +287,9 @@ void panel_tile(const AttentionParams& p, const RequestMask& mask, const Shape& 
     l[v] = load(acc_rows.l + row0 + v * kLanes);
   }
   if (!masked && p.softcap == 0 && num_keys % kCols == 0) {
-    score_tile<Dot, Vec, kVecs, true>(buffers, q, shape.dim_words, num_keys, p.softmax_scale, prefetcher, m);
+    score_tile<Dot, Vec, kVecs, true>(buffers, q, shape.dim_words, num_keys, scale, prefetcher, m);
   } else {
-    score_tile<Dot, Vec, kVecs, false>(buffers, q, shape.dim_words, num_keys, p.softmax_scale, prefetcher, m);
+    score_tile<Dot, Vec, kVecs, false>(buffers, q, shape.dim_words, num_keys, scale, prefetcher, m);
     if (p.softcap > 0) cap_scores<kVecs>(p.softcap, buffers.s, num_keys);
     if (masked) mask_scores<kVecs>(mask, buffers.view + row0, shape.rows, key0, num_keys, buffers.s);
     for (int64_t i = 0; i < num_keys; ++i) {

@@ -32,9 +32,14 @@ __device__ __forceinline__ void load_keys(const AttentionCudaParams& p, const Kv
       const int32_t offset = key % static_cast<int32_t>(p.page_size);
       const int64_t page = table[NLD_BUG(simt_wrong_page) && offset == 0 && index > 0 ? index - 1 : index];
       NLD_DEVICE_CHECK(page >= 0 && page < p.num_pages, "page indices in use lie in the cache");
-      const T* x = static_cast<const T*>(pages.data) + page * pages.page_stride + offset * pages.token_stride +
-                   kv_head * pages.head_stride;
-      for (int dim = lane; dim < head_dim; dim += kWarpSize) to[i * pitch + dim] = to_float(x[dim]);
+      const int64_t place = page * pages.page_stride + offset * pages.token_stride + kv_head * pages.head_stride;
+      if (p.is_fp8) {
+        const e4m3* x = static_cast<const e4m3*>(pages.data) + place;
+        for (int dim = lane; dim < head_dim; dim += kWarpSize) to[i * pitch + dim] = to_float(x[dim]);
+      } else {
+        const T* x = static_cast<const T*>(pages.data) + place;
+        for (int dim = lane; dim < head_dim; dim += kWarpSize) to[i * pitch + dim] = to_float(x[dim]);
+      }
     } else {
       for (int dim = lane; dim < head_dim; dim += kWarpSize) to[i * pitch + dim] = 0.0f;
     }
@@ -74,6 +79,7 @@ __global__ void __launch_bounds__(kSimtThreads) attention_simt_kernel(const __gr
   int32_t end = min(item.key_end, view_end(last_view));
   if (NLD_BUG(simt_lost_tail)) end = end / kSimtKeys * kSimtKeys;
 
+  const float scale = p.softmax_scale * key_scale(p, kv_head);
   RowView view[kSimtWarpRows];
   float m[kSimtWarpRows], l[kSimtWarpRows], o[kSimtWarpRows][kDims];  // l: this lane's share
 #pragma unroll
@@ -112,7 +118,7 @@ __global__ void __launch_bounds__(kSimtThreads) attention_simt_kernel(const __gr
     }
 #pragma unroll
     for (int i = 0; i < kSimtWarpRows; ++i) {
-      s[i] *= p.softmax_scale;
+      s[i] *= scale;
       if (p.softcap > 0.0f) s[i] = p.softcap * tanhf(s[i] / p.softcap);
       const int32_t dense_end =
           NLD_BUG(simt_mask_edge) && view[i].dense_end < end ? view[i].dense_end + 1 : view[i].dense_end;
@@ -162,11 +168,11 @@ __global__ void __launch_bounds__(kSimtThreads) attention_simt_kernel(const __gr
     if (tile.num_splits == 1) {
       const RowPlace place = row_place(p, tile.request, tile.row_begin + group_begin + r, kv_head);
       T* out = static_cast<T*>(p.out) + place.token * p.out_token_stride + place.head * p.out_head_stride;
-      const float scale = row_scale(l[i]);
+      const float out_scale = row_scale(p, kv_head, l[i]);
 #pragma unroll
       for (int d = 0; d < kDims; ++d) {
         const int dim = d * kWarpSize + lane;
-        if (dim < head_dim) out[dim] = from_float<T>(o[i][d] * scale);
+        if (dim < head_dim) out[dim] = from_float<T>(o[i][d] * out_scale);
       }
       if (lane == 0) {
         p.lse[place.head * p.lse_head_stride + place.token * p.lse_token_stride] = row_lse(m[i] * kLog2e, l[i]);

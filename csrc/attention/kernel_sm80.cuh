@@ -195,7 +195,7 @@ class ItemWorker : private ItemView {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = warp_row_ + lane_ / 4 + 8 * h;
-      const float scale = row_scale(rows.sum[h]);
+      const float scale = row_scale(p_.op, kv_head_, rows.sum[h]);
       if (lane_ % 4 == 0 && row < tile().num_rows) store_lse(row, rows.max[h], rows.sum[h]);
 #pragma unroll
       for (int j = 0; j < Shape::kChunks; ++j) {
@@ -268,7 +268,7 @@ class ItemWorker : private ItemView {
           p_.op.partial_l[at] = sum;
         }
       } else {
-        const float scale = row_scale(sum);
+        const float scale = row_scale(p_.op, kv_head_, sum);
         if (chunk == 0) store_lse(row, max, sum);
         const auto pair = [&](int e) { return ptx::pack<T>(out[e] * scale, out[e + 1] * scale); };
         store_chunk(row, chunk, make_uint4(pair(0), pair(2), pair(4), pair(6)));

@@ -35,7 +35,7 @@ bool has_chunks(const AttentionParams& p, const KvPages& pages) {
 }  // namespace
 
 bool attention_mma_takes(const AttentionParams& p) {
-  return mma_launcher(p.dtype, p.head_dim) != nullptr && has_chunks(p, p.k) && has_chunks(p, p.v) &&
+  return !p.is_fp8 && mma_launcher(p.dtype, p.head_dim) != nullptr && has_chunks(p, p.k) && has_chunks(p, p.v) &&
          is_aligned(p.q, {p.q_token_stride, p.q_head_stride});
 }
 

@@ -20,7 +20,8 @@ AttentionParams attention_params(const Tensor& q, const Tensor& k_cache, const T
                                  const Tensor& page_table, const Tensor& seq_lens, const Tensor& cu_seqlens_q,
                                  const Tensor& mask_mode, const std::optional<Tensor>& block_len,
                                  const std::optional<Tensor>& block_phase, std::optional<double> softmax_scale,
-                                 double softcap, int64_t split_len, const Tensor& out, const Tensor& lse) {
+                                 double softcap, int64_t split_len, const std::optional<Tensor>& k_scale,
+                                 const std::optional<Tensor>& v_scale, const Tensor& out, const Tensor& lse) {
   const auto [total_q, num_heads, head_dim] = shape<3>(kOp, "q", q);
   const auto [num_pages, page_size, num_kv_heads, cache_dim] = shape<4>(kOp, "k_cache", k_cache);
   const auto [batch] = shape<1>(kOp, "seq_lens", seq_lens);
@@ -37,8 +38,9 @@ AttentionParams attention_params(const Tensor& q, const Tensor& k_cache, const T
     fail(kOp, ": q must have a multiple of the ", num_kv_heads, " heads of k_cache, got ", num_heads);
   }
   for (int i = 0; i < 4; ++i) check_size(kOp, "v_cache", v_cache, i, k_cache.size(i), "as k_cache");
+  const bool is_fp8 = is_fp8_cache(kOp, q, k_cache, v_cache, k_scale, v_scale, num_kv_heads);
+  check_same_dtype(kOp, "out", out, "q", q);
   for (const auto& [name, t] : {std::pair{"k_cache", &k_cache}, {"v_cache", &v_cache}, {"out", &out}}) {
-    check_same_dtype(kOp, name, *t, "q", q);
     check_device(kOp, name, *t, "q", q);
     check_last_dim_dense(kOp, name, *t);
   }
@@ -89,7 +91,10 @@ AttentionParams attention_params(const Tensor& q, const Tensor& k_cache, const T
           .out_head_stride = out.stride(1),
           .lse = ptr<float>(lse),
           .lse_head_stride = lse.stride(0),
-          .lse_token_stride = lse.stride(1)};
+          .lse_token_stride = lse.stride(1),
+          .is_fp8 = is_fp8,
+          .k_scale = ptr<float>(k_scale),
+          .v_scale = ptr<float>(v_scale)};
 }
 
 // ---- the plan ----
@@ -349,9 +354,12 @@ struct HostPlanner {
 void block_attention_out_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens,
                              Tensor cu_seqlens_q, Tensor mask_mode, std::optional<Tensor> block_len,
                              std::optional<Tensor> block_phase, std::optional<double> softmax_scale, double softcap,
-                             int64_t split_len, std::optional<Tensor> plan, Tensor out, Tensor lse) {
+                             int64_t split_len, std::optional<Tensor> plan, std::optional<Tensor> k_scale,
+                             std::optional<Tensor> v_scale, Tensor out, Tensor lse) {
   AttentionParams p = attention_params(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode, block_len,
-                                       block_phase, softmax_scale, softcap, split_len, out, lse);
+                                       block_phase, softmax_scale, softcap, split_len, k_scale, v_scale, out, lse);
+  check_scales(kOp, "k_scale", p.k_scale, p.num_kv_heads);
+  check_scales(kOp, "v_scale", p.v_scale, p.num_kv_heads);
   if (plan) given_plan_shape(p, *plan, q);
   if (p.split_len == 0) p.split_len = kDefaultSplitLen;
   attend_cpu(p, q);
@@ -380,9 +388,11 @@ struct CudaPlanner {
 void block_attention_out_cuda(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens,
                               Tensor cu_seqlens_q, Tensor mask_mode, std::optional<Tensor> block_len,
                               std::optional<Tensor> block_phase, std::optional<double> softmax_scale, double softcap,
-                              int64_t split_len, std::optional<Tensor> plan, Tensor out, Tensor lse) {
-  const AttentionParams base = attention_params(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode,
-                                                block_len, block_phase, softmax_scale, softcap, split_len, out, lse);
+                              int64_t split_len, std::optional<Tensor> plan, std::optional<Tensor> k_scale,
+                              std::optional<Tensor> v_scale, Tensor out, Tensor lse) {
+  const AttentionParams base =
+      attention_params(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode, block_len, block_phase,
+                       softmax_scale, softcap, split_len, k_scale, v_scale, out, lse);
   AttentionLauncher* const attend = pick_attention_kernel(base);
   const CudaScope scope(q);
   AttentionCudaParams p = {base, {}, nullptr, nullptr, nullptr, nullptr, device_sms()};
@@ -445,12 +455,13 @@ template <auto kOut>
 std::tuple<Tensor, Tensor> block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens,
                                            Tensor cu_seqlens_q, Tensor mask_mode, std::optional<Tensor> block_len,
                                            std::optional<Tensor> block_phase, std::optional<double> softmax_scale,
-                                           double softcap, int64_t split_len, std::optional<Tensor> plan) {
+                                           double softcap, int64_t split_len, std::optional<Tensor> plan,
+                                           std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
   const auto [total_q, num_heads, head_dim] = shape<3>(kOp, "q", q);
   const Tensor out = torch::stable::new_empty(q, {total_q, num_heads, head_dim});
   const Tensor lse = torch::stable::new_empty(q, {num_heads, total_q}, ScalarType::Float);
   kOut(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode, block_len, block_phase, softmax_scale,
-       softcap, split_len, plan, out, lse);
+       softcap, split_len, plan, k_scale, v_scale, out, lse);
   return {out, lse};
 }
 
@@ -468,12 +479,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(NLD_NAMESPACE, m) {
   m.def(
       "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, "
       "Tensor cu_seqlens_q, Tensor mask_mode, *, Tensor? block_len=None, Tensor? block_phase=None, "
-      "float? softmax_scale=None, float softcap=0.0, int split_len=0, Tensor? plan=None) -> (Tensor out, Tensor lse)");
+      "float? softmax_scale=None, float softcap=0.0, int split_len=0, Tensor? plan=None, "
+      "Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor out, Tensor lse)");
   m.def(
       "block_attention.out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor seq_lens, "
       "Tensor cu_seqlens_q, Tensor mask_mode, *, Tensor? block_len=None, Tensor? block_phase=None, "
-      "float? softmax_scale=None, float softcap=0.0, int split_len=0, Tensor? plan=None, Tensor(a!) out, "
-      "Tensor(b!) lse) -> ()");
+      "float? softmax_scale=None, float softcap=0.0, int split_len=0, Tensor? plan=None, "
+      "Tensor? k_scale=None, Tensor? v_scale=None, Tensor(a!) out, Tensor(b!) lse) -> ()");
 }
 
 #if !NLD_EMULATED

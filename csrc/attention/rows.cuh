@@ -28,9 +28,20 @@ __device__ __forceinline__ int64_t partial_row(const AttentionCudaParams& p, int
   return (slot * p.num_kv_heads + kv_head) * p.plan_shape.tile_rows + tile_row;
 }
 
-// Factor that turns a row's sum into its output. l is 0 only where nothing was seen (else the largest term is 1), and
-// NaN where a NaN was.
-__device__ __forceinline__ float row_scale(float l) { return l == 0.0f ? 0.0f : 1.0f / l; }
+// Factor that turns a row's sum of products with V into its output. l is 0 only where nothing was seen (else the
+// largest term is 1), and NaN where a NaN was. Partials do not have the scale of V: it is applied here, once.
+__device__ __forceinline__ float row_scale(const AttentionCudaParams& p, int32_t kv_head, float l) {
+  const float v_scale = scale_of_head(p.v_scale, NLD_BUG(attention_wrong_scale) ? 0 : kv_head);
+  NLD_DEVICE_CHECK(v_scale > 0.0f && v_scale < INFINITY, "scales are positive and finite");
+  return l == 0.0f ? 0.0f : v_scale / l;
+}
+
+// The scale of K of a head: a factor on softmax_scale.
+__device__ __forceinline__ float key_scale(const AttentionCudaParams& p, int32_t kv_head) {
+  const float k_scale = scale_of_head(p.k_scale, kv_head);
+  NLD_DEVICE_CHECK(k_scale > 0.0f && k_scale < INFINITY, "scales are positive and finite");
+  return k_scale;
+}
 
 // m in log2 units, as in the partials.
 __device__ __forceinline__ float row_lse(float m, float l) {

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -52,6 +53,8 @@ inline const char* dtype_name(ScalarType type) {
       return "bool";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     default:
       return "an unsupported dtype";
   }
@@ -125,6 +128,36 @@ inline DType float_dtype(const char* op, const char* name, const Tensor& t) {
       return DType::kF16;
     default:
       fail(op, ": ", name, " must be float32, bfloat16 or float16, got ", dtype_name(t.scalar_type()));
+  }
+}
+
+// Whether the caches hold float8_e4m3fn, with the scales of their kv heads, rather than the dtype of q.
+inline bool is_fp8_cache(const char* op, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                         const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
+                         int64_t num_kv_heads) {
+  const bool is_fp8 = k_cache.scalar_type() == ScalarType::Float8_e4m3fn;
+  if (!is_fp8 && k_cache.scalar_type() != q.scalar_type()) {
+    fail(op, ": k_cache must have the dtype of q (", dtype_name(q.scalar_type()), ") or float8_e4m3fn, got ",
+         dtype_name(k_cache.scalar_type()));
+  }
+  check_same_dtype(op, "v_cache", v_cache, "k_cache", k_cache);
+  for (const auto& [name, scale] : {std::pair{"k_scale", &k_scale}, {"v_scale", &v_scale}}) {
+    if (!*scale) continue;
+    if (!is_fp8) {
+      fail(op, ": ", name, " must be None unless the caches are float8_e4m3fn, got a tensor and ",
+           dtype_name(k_cache.scalar_type()), " caches");
+    }
+    check_vector(op, name, **scale, num_kv_heads, "kv heads", ScalarType::Float, "q", q);
+  }
+  return is_fp8;
+}
+
+// On the CPU, where values are at hand. Null: all 1.
+inline void check_scales(const char* op, const char* name, const float* scales, int64_t num_kv_heads) {
+  for (int64_t i = 0; scales != nullptr && i < num_kv_heads; ++i) {
+    if (!(scales[i] > 0.0f && scales[i] <= std::numeric_limits<float>::max())) {
+      fail(op, ": ", name, " must be positive and finite, got ", scales[i], " for kv head ", i);
+    }
   }
 }
 

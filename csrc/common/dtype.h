@@ -14,5 +14,8 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+struct e4m3 {  // of caches only, beside a DType: common/fp8.h
+  uint8_t bits;
+};
 
 }  // namespace nld

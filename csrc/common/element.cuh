@@ -1,7 +1,7 @@
 // Elements of the tensors in device code: loaded and stored in 16-byte vectors, computed on in float32.
 #pragma once
 
-#include "common/dtype.h"
+#include "common/fp8.h"
 #include "common/prelude.cuh"
 
 namespace nld {
@@ -9,6 +9,7 @@ namespace nld {
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{x.bits})); }
 __device__ __forceinline__ float to_float(f16 x) { return __half2float(__half(__half_raw{x.bits})); }
+__device__ __forceinline__ float to_float(e4m3 x) { return e4m3_to_float(x); }
 
 template <class T>
 __device__ __forceinline__ T from_float(float x);
@@ -23,6 +24,10 @@ __device__ __forceinline__ bf16 from_float<bf16>(float x) {
 template <>
 __device__ __forceinline__ f16 from_float<f16>(float x) {
   return {static_cast<__half_raw>(__float2half_rn(x)).x};
+}
+template <>
+__device__ __forceinline__ e4m3 from_float<e4m3>(float x) {
+  return e4m3_from_float(x);
 }
 
 // kSize elements that are loaded and stored at once.

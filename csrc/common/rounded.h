@@ -22,6 +22,13 @@ NLD_HD float add_rn(float a, float b) {
   return a + b;
 #endif
 }
+NLD_HD float div_rn(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
 NLD_HD float fma_rn(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);

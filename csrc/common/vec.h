@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "common/dtype.h"
+#include "common/fp8.h"
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -31,6 +31,7 @@ typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecU16 __attribute__((vector_size(kLanes * 2)));
+typedef uint8_t VecU8 __attribute__((vector_size(kLanes)));
 
 NLD_INLINE VecF set1(float x) { return x - VecF{}; }  // "scalar op vector" broadcasts
 NLD_INLINE VecI as_int(VecF x) { return (VecI)x; }
@@ -67,7 +68,9 @@ NLD_INLINE float to_float(f16 x) {
   return f;
 #endif
 }
+NLD_INLINE float to_float(e4m3 x) { return e4m3_to_float(x); }
 NLD_INLINE void from_float(float x, float& out) { out = x; }
+NLD_INLINE void from_float(float x, e4m3& out) { out = e4m3_from_float(x); }
 NLD_INLINE void from_float(float x, bf16& out) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -123,7 +126,27 @@ NLD_INLINE VecF load(const f16* p) {
   return VecF{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
 #endif
 }
+NLD_INLINE VecF load(const e4m3* p) {  // e4m3_to_float(), a register at a time
+  VecU8 bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  const VecI code = __builtin_convertvector(bytes, VecI), magnitude = code & 0x7f, shifted = magnitude << 20;
+  const VecF normal = as_float(shifted + kE4m3Rebias);
+  const VecF tiny = as_float(shifted + kE4m3MinNormalBits) - kE4m3MinNormal;
+  VecI bits = as_int(magnitude < 8 ? tiny : normal);
+  bits = magnitude == 0x7f ? bits | 0x7fc00000 : bits;
+  return as_float(bits | (code & 0x80) << 24);
+}
 NLD_INLINE void store(float* p, VecF v) { std::memcpy(p, &v, sizeof(v)); }
+NLD_INLINE void store(e4m3* p, VecF v) {  // e4m3_from_float(), a register at a time
+  const VecI bits = as_int(v), magnitude = bits & 0x7fffffff;
+  const VecI normal = (magnitude - kE4m3Rebias + 0x7ffff + (magnitude >> 20 & 1)) >> 20;
+  const VecI tiny = as_int(as_float(magnitude) + 16384.0f) - 0x46800000;
+  VecI code = magnitude < kE4m3MinNormalBits ? tiny : normal;
+  code = magnitude >= kE4m3MaxBits ? 0x7e - VecI{} : code;
+  code = magnitude > 0x7f800000 ? 0x7f - VecI{} : code;
+  const VecU8 bytes = __builtin_convertvector(code | (bits >> 24 & 0x80), VecU8);
+  std::memcpy(p, &bytes, sizeof(bytes));
+}
 NLD_INLINE void store(bf16* p, VecF v) {  // from_float(), a register at a time
   const VecU bits = (VecU)v, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const VecU16 half = __builtin_convertvector(v == v ? rounded >> 16 : (bits >> 16) | 0x40u, VecU16);

@@ -43,22 +43,39 @@ NLD_INLINE void rotation(const RopeAppendParams& p, float position, float* cos, 
   }
 }
 
-// y[0..n) = first half, y[n..2n) = second half of the rotated part of one head; scale multiplies all of the head.
-template <class T>
-void rotate_head(const T* x, T* y, const float* cos, const float* sin, int64_t num_freqs, int64_t head_dim,
-                 float scale) {
+// What is done to each element of a head on its way: queries are multiplied, what an fp8 cache keeps is divided.
+struct Times {
+  float factor;
+  template <class V>
+  inline __attribute__((always_inline)) V operator()(V x) const {
+    return x * factor;
+  }
+};
+struct Over {
+  float divisor;
+  template <class V>
+  inline __attribute__((always_inline)) V operator()(V x) const {
+    return x / divisor;
+  }
+};
+
+// y[0..n) = first half, y[n..2n) = second half of the rotated part of one head; `scale` is applied to all of the head.
+template <class T, class Y, class Scale>
+void rotate_head(const T* x, Y* y, const float* cos, const float* sin, int64_t num_freqs, int64_t head_dim,
+                 Scale scale) {
   int64_t i = 0;
   for (; i + kLanes <= num_freqs; i += kLanes) {
     const VecF first = load(x + i), second = load(x + num_freqs + i), c = load(cos + i), s = load(sin + i);
-    store(y + i, (first * c - second * s) * scale);
-    store(y + num_freqs + i, (second * c + first * s) * scale);
+    store(y + i, scale(first * c - second * s));
+    store(y + num_freqs + i, scale(second * c + first * s));
   }
   for (; i < num_freqs; ++i) {
     const float first = to_float(x[i]), second = to_float(x[num_freqs + i]);
-    from_float((first * cos[i] - second * sin[i]) * scale, y[i]);
-    from_float((second * cos[i] + first * sin[i]) * scale, y[num_freqs + i]);
+    from_float(scale(first * cos[i] - second * sin[i]), y[i]);
+    from_float(scale(second * cos[i] + first * sin[i]), y[num_freqs + i]);
   }
-  for (i = 2 * num_freqs; i < head_dim; ++i) from_float(to_float(x[i]) * scale, y[i]);
+  for (i = 2 * num_freqs; i + kLanes <= head_dim; i += kLanes) store(y + i, scale(load(x + i)));
+  for (; i < head_dim; ++i) from_float(scale(to_float(x[i])), y[i]);
 }
 
 template <class T>
@@ -75,14 +92,20 @@ void rope_append_tokens(const RopeAppendParams& p, int64_t token_begin, int64_t 
     const float q_scale = query_scale(p, p.positions[token]);
     T* q = static_cast<T*>(p.q) + token * p.q_token_stride;
     for (int64_t head = 0; head < p.num_heads; ++head, q += p.q_head_stride) {
-      rotate_head(q, q, cos, sin, p.num_freqs, p.head_dim, q_scale);
+      rotate_head(q, q, cos, sin, p.num_freqs, p.head_dim, Times{q_scale});
     }
     const int64_t slot = p.slots[token];
     if (slot < 0 || slot >= p.num_slots) continue;
     const T* k = static_cast<const T*>(p.k) + token * p.k_token_stride;
     const T* v = static_cast<const T*>(p.v) + token * p.v_token_stride;
     for (int64_t head = 0; head < p.num_kv_heads; ++head, k += p.k_head_stride, v += p.v_head_stride) {
-      rotate_head(k, cache_row<T>(p.k_cache, slot, p.page_size, head), cos, sin, p.num_freqs, p.head_dim, 1.0f);
+      if (p.is_fp8) {
+        const Over k_scale{scale_of_head(p.k_scale, head)}, v_scale{scale_of_head(p.v_scale, head)};
+        rotate_head(k, cache_row<e4m3>(p.k_cache, slot, p.page_size, head), cos, sin, p.num_freqs, p.head_dim, k_scale);
+        rotate_head(v, cache_row<e4m3>(p.v_cache, slot, p.page_size, head), cos, sin, 0, p.head_dim, v_scale);
+        continue;
+      }
+      rotate_head(k, cache_row<T>(p.k_cache, slot, p.page_size, head), cos, sin, p.num_freqs, p.head_dim, Times{1.0f});
       memcpy(cache_row<T>(p.v_cache, slot, p.page_size, head), v, p.head_dim * sizeof(T));
     }
   }

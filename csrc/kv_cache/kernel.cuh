@@ -35,6 +35,15 @@ __device__ __forceinline__ void load_table(const float* table, float (&x)[kSize]
   }
 }
 
+// What an fp8 cache keeps of x.
+template <int kSize>
+__device__ __forceinline__ void store_divided(const float (&x)[kSize], float scale, e4m3* y) {
+  Vec<e4m3, kSize> codes;
+#pragma unroll
+  for (int e = 0; e < kSize; ++e) codes.at[e] = e4m3_from_float(div_rn(x[e], scale));
+  *reinterpret_cast<Vec<e4m3, kSize>*>(y) = codes;
+}
+
 // One CTA takes kItems * kRopeThreads items: some whole tokens, or a share of one (grid: token groups x shares). All
 // its loads of q, k and v are issued first; the places, cosines and sines of its tokens are worked out, once per token,
 // in their shadow: a step of a few tokens is over after two trips to memory. Traffic: rope_append_bytes(). q is read
@@ -113,35 +122,52 @@ __global__ void __launch_bounds__(kRopeThreads)
     Item& item = items[n];
     if (item.token < 0) continue;
     const bool is_q = item.head < num_heads, is_v = item.head >= num_heads + num_kv_heads;
-    const float scale = is_q ? q_scale[item.token] : 1.0f;
-    if (is_v) {
-      // moved as it is
-    } else if (item.at < num_freqs) {
+    const bool has_second = item.at < num_freqs;
+    float first[kSize], second[kSize] = {};
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) first[e] = to_float(item.first.at[e]);
+    if (has_second) {
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) second[e] = to_float(item.second.at[e]);
+    }
+    if (has_second && !is_v) {
       float c[kSize], s[kSize];
       load_table(cos_table + item.token * num_freqs + item.at, c);
       load_table(sin_table + item.token * num_freqs + item.at, s);
 #pragma unroll
       for (int e = 0; e < kSize; ++e) {
-        const float a = to_float(item.first.at[e]), b = to_float(item.second.at[e]), sine = swapped ? -s[e] : s[e];
-        item.first.at[e] = from_float<T>(mul_rn(add_rn(mul_rn(a, c[e]), -mul_rn(b, sine)), scale));
-        item.second.at[e] = from_float<T>(mul_rn(add_rn(mul_rn(b, c[e]), mul_rn(a, sine)), scale));
+        const float a = first[e], b = second[e], sine = swapped ? -s[e] : s[e];
+        first[e] = add_rn(mul_rn(a, c[e]), -mul_rn(b, sine));
+        second[e] = add_rn(mul_rn(b, c[e]), mul_rn(a, sine));
       }
-    } else {
+    }
+    const int64_t place = is_v ? v_place[item.token] : k_place[item.token];
+    if (!is_q && place < 0) continue;
+    const PagedCache& cache = is_v ? p.v_cache : p.k_cache;
+    const int kv_head = item.head - num_heads - (is_v ? num_kv_heads : 0);
+    const int64_t in_cache = place + kv_head * cache.head_stride;
+    if (!is_q && p.is_fp8) {
+      const float scale = scale_of_head(is_v ? p.v_scale : p.k_scale, NLD_BUG(rope_wrong_scale) ? 0 : kv_head);
+      NLD_DEVICE_CHECK(scale > 0.0f && scale < INFINITY, "scales are positive and finite");
+      e4m3* const y = static_cast<e4m3*>(cache.data) + in_cache + item.at;
+      store_divided<kSize>(first, scale, y);
+      if (has_second) store_divided<kSize>(second, scale, y + num_freqs);
+      continue;
+    }
+    if (!is_v) {  // a value is moved as it is
+      const float scale = is_q ? q_scale[item.token] : 1.0f;
 #pragma unroll
-      for (int e = 0; e < kSize; ++e) item.first.at[e] = from_float<T>(mul_rn(to_float(item.first.at[e]), scale));
+      for (int e = 0; e < kSize; ++e) item.first.at[e] = from_float<T>(mul_rn(first[e], scale));
+      if (has_second) {
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) item.second.at[e] = from_float<T>(mul_rn(second[e], scale));
+      }
     }
-    T* y;
-    if (is_q) {
-      y = static_cast<T*>(p.q) + (first_token + item.token) * p.q_token_stride + item.head * p.q_head_stride;
-    } else {
-      const int64_t place = is_v ? v_place[item.token] : k_place[item.token];
-      if (place < 0) continue;
-      const PagedCache& cache = is_v ? p.v_cache : p.k_cache;
-      const int head = item.head - num_heads - (is_v ? num_kv_heads : 0);
-      y = static_cast<T*>(cache.data) + place + head * cache.head_stride;
-    }
-    *reinterpret_cast<V*>(y + item.at) = item.first;
-    if (item.at < num_freqs) *reinterpret_cast<V*>(y + num_freqs + item.at) = item.second;
+    T* y = static_cast<T*>(cache.data) + in_cache + item.at;
+    if (is_q)
+      y = static_cast<T*>(p.q) + (first_token + item.token) * p.q_token_stride + item.head * p.q_head_stride + item.at;
+    *reinterpret_cast<V*>(y) = item.first;
+    if (has_second) *reinterpret_cast<V*>(y + num_freqs) = item.second;
   }
 }
 

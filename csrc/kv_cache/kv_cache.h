@@ -30,6 +30,9 @@ struct RopeAppendParams {
   float attention_scaling;  // multiplies cos and sin (YaRN)
   float query_scale_beta;   // llama-4: q *= 1 + beta * ln(1 + floor(position / query_scale_len))
   int64_t query_scale_len;  // 0 = no query scale
+  bool is_fp8;              // the caches hold e4m3 of x / scale, else the dtype of q
+  const float* k_scale;     // [num_kv_heads] or null: 1
+  const float* v_scale;     // [num_kv_heads] or null: 1
 };
 
 struct CompactParams {

@@ -86,8 +86,11 @@ LaunchError launch_compact(const CompactParams& p, void* stream) {
     case 4:
       NLD_LAUNCH((compact_kernel<uint32_t>), grid, kCompactThreads, sizeof(CompactSmem), stream, p);
       break;
-    default:
+    case 2:
       NLD_LAUNCH((compact_kernel<uint16_t>), grid, kCompactThreads, sizeof(CompactSmem), stream, p);
+      break;
+    default:
+      NLD_LAUNCH((compact_kernel<uint8_t>), grid, kCompactThreads, sizeof(CompactSmem), stream, p);
   }
   return launch_result();
 }

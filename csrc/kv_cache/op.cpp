@@ -16,16 +16,31 @@ void check_cache_pair(const char* op, const Tensor& k_cache, const Tensor& v_cac
   if (shape_text(k_cache) != shape_text(v_cache)) {
     fail(op, ": v_cache must have the shape of k_cache ", shape_text(k_cache), ", got ", shape_text(v_cache));
   }
-  check_same_dtype(op, "v_cache", v_cache, "k_cache", k_cache);
   check_device(op, "v_cache", v_cache, "k_cache", k_cache);
   check_last_dim_dense(op, "k_cache", k_cache);
   check_last_dim_dense(op, "v_cache", v_cache);
 }
 
+int64_t element_size(const char* op, const char* name, const Tensor& cache) {
+  switch (cache.scalar_type()) {
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    case ScalarType::Float8_e4m3fn:
+      return 1;
+    default:
+      fail(op, ": ", name, " must be float32, bfloat16, float16 or float8_e4m3fn, got ",
+           dtype_name(cache.scalar_type()));
+  }
+}
+
 RopeAppendParams rope_append_params(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache,
                                     const Tensor& v_cache, const Tensor& positions, const Tensor& slot_mapping,
                                     const Tensor& inv_freq, double attention_scaling, double query_scale_beta,
-                                    int64_t query_scale_len) {
+                                    int64_t query_scale_len, const std::optional<Tensor>& k_scale,
+                                    const std::optional<Tensor>& v_scale) {
   const char* op = "rope_append_";
   const auto [total_tokens, num_heads, head_dim] = shape<3>(op, "q", q);
   const auto [k_tokens, num_kv_heads, k_dim] = shape<3>(op, "k", k);
@@ -37,10 +52,13 @@ RopeAppendParams rope_append_params(const Tensor& q, const Tensor& k, const Tens
   check_size(op, "k_cache", k_cache, 2, num_kv_heads, "num_kv_heads of k");
   check_size(op, "k_cache", k_cache, 3, head_dim, "head_dim of q");
   check_cache_pair(op, k_cache, v_cache, page_size);
-  for (const auto& [name, t] : {std::pair{"k", &k}, {"v", &v}, {"k_cache", &k_cache}}) {
+  for (const auto& [name, t] : {std::pair{"k", &k}, {"v", &v}}) {
     check_same_dtype(op, name, *t, "q", q);
     check_device(op, name, *t, "q", q);
   }
+  check_device(op, "k_cache", k_cache, "q", q);
+  const DType dtype = float_dtype(op, "q", q);
+  const bool is_fp8 = is_fp8_cache(op, q, k_cache, v_cache, k_scale, v_scale, num_kv_heads);
   check_last_dim_dense(op, "q", q);
   check_last_dim_dense(op, "k", k);
   check_last_dim_dense(op, "v", v);
@@ -53,7 +71,7 @@ RopeAppendParams rope_append_params(const Tensor& q, const Tensor& k, const Tens
          num_freqs);
   }
   if (query_scale_len < 0) fail(op, ": query_scale_len must be >= 0 (0 = no query scale), got ", query_scale_len);
-  return {.dtype = float_dtype(op, "q", q),
+  return {.dtype = dtype,
           .total_tokens = total_tokens,
           .num_heads = num_heads,
           .num_kv_heads = num_kv_heads,
@@ -77,7 +95,10 @@ RopeAppendParams rope_append_params(const Tensor& q, const Tensor& k, const Tens
           .num_freqs = num_freqs,
           .attention_scaling = static_cast<float>(attention_scaling),
           .query_scale_beta = static_cast<float>(query_scale_beta),
-          .query_scale_len = query_scale_len};
+          .query_scale_len = query_scale_len,
+          .is_fp8 = is_fp8,
+          .k_scale = ptr<float>(k_scale),
+          .v_scale = ptr<float>(v_scale)};
 }
 
 CompactParams compact_params(const Tensor& k_cache, const Tensor& v_cache, const Tensor& page_table,
@@ -87,7 +108,7 @@ CompactParams compact_params(const Tensor& k_cache, const Tensor& v_cache, const
   const auto [batch, max_kept] = shape<2>(op, "src_offsets", src_offsets);
   const auto [table_batch, max_pages] = shape<2>(op, "page_table", page_table);
   check_cache_pair(op, k_cache, v_cache, page_size);
-  float_dtype(op, "k_cache", k_cache);
+  check_same_dtype(op, "v_cache", v_cache, "k_cache", k_cache);
   check_size(op, "page_table", page_table, 0, batch, "batch of src_offsets");
   check_dtype(op, "page_table", page_table, ScalarType::Int);
   check_dtype(op, "src_offsets", src_offsets, ScalarType::Int);
@@ -97,7 +118,7 @@ CompactParams compact_params(const Tensor& k_cache, const Tensor& v_cache, const
   check_contiguous(op, "src_offsets", src_offsets);
   check_vector(op, "base_lens", base_lens, batch, "batch of src_offsets", ScalarType::Int, "k_cache", k_cache);
   check_vector(op, "num_kept", num_kept, batch, "batch of src_offsets", ScalarType::Int, "k_cache", k_cache);
-  return {.element_size = k_cache.scalar_type() == ScalarType::Float ? 4 : 2,
+  return {.element_size = element_size(op, "k_cache", k_cache),
           .batch = batch,
           .max_kept = max_kept,
           .max_pages = max_pages,
@@ -128,9 +149,11 @@ const KvCacheCpu& cpu_kernels() {
 
 void rope_append_cpu(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor positions,
                      Tensor slot_mapping, Tensor inv_freq, double attention_scaling, double query_scale_beta,
-                     int64_t query_scale_len) {
+                     int64_t query_scale_len, std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
   const RopeAppendParams p = rope_append_params(q, k, v, k_cache, v_cache, positions, slot_mapping, inv_freq,
-                                                attention_scaling, query_scale_beta, query_scale_len);
+                                                attention_scaling, query_scale_beta, query_scale_len, k_scale, v_scale);
+  check_scales("rope_append_", "k_scale", p.k_scale, p.num_kv_heads);
+  check_scales("rope_append_", "v_scale", p.v_scale, p.num_kv_heads);
   const KvCacheCpu& cpu = cpu_kernels();
   // About 64k elements a thread: below that, starting a second thread costs more than it saves.
   const int64_t per_token = (p.num_heads + 2 * p.num_kv_heads) * p.head_dim;
@@ -151,9 +174,9 @@ void compact_cpu(Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor base_
 #if NLD_CUDA
 void rope_append_cuda(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor positions,
                       Tensor slot_mapping, Tensor inv_freq, double attention_scaling, double query_scale_beta,
-                      int64_t query_scale_len) {
+                      int64_t query_scale_len, std::optional<Tensor> k_scale, std::optional<Tensor> v_scale) {
   const RopeAppendParams p = rope_append_params(q, k, v, k_cache, v_cache, positions, slot_mapping, inv_freq,
-                                                attention_scaling, query_scale_beta, query_scale_len);
+                                                attention_scaling, query_scale_beta, query_scale_len, k_scale, v_scale);
   const CudaScope scope(q);
   check_launch("rope_append_", launch_rope_append(p, scope.stream()));
 }
@@ -172,7 +195,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(NLD_NAMESPACE, m) {
   m.def(
       "rope_append_(Tensor(a!) q, Tensor k, Tensor v, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor positions, "
       "Tensor slot_mapping, Tensor inv_freq, *, float attention_scaling=1.0, float query_scale_beta=0.0, "
-      "int query_scale_len=0) -> ()");
+      "int query_scale_len=0, Tensor? k_scale=None, Tensor? v_scale=None) -> ()");
   m.def(
       "compact_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor page_table, Tensor base_lens, Tensor src_offsets, "
       "Tensor num_kept) -> ()");

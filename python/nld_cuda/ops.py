@@ -35,6 +35,8 @@ def rope_append_(
     attention_scaling: float = 1.0,
     query_scale_beta: float = 0.0,
     query_scale_len: int = 0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """Rotate queries in place, rotate keys, and write keys and values to their cache slots.
 
@@ -44,7 +46,7 @@ def rope_append_(
         k: `[total_tokens, num_kv_heads, head_dim]`, same dtype; only read.
         v: as `k`; only read.
         k_cache: `[num_pages, page_size, num_kv_heads, head_dim]` in any stride order with a dense
-            last dimension, page_size >= 1; written at the slots.
+            last dimension, page_size >= 1; written at the slots. Dtype of q, or float8_e4m3fn.
         v_cache: as `k_cache`; written.
         positions: `[total_tokens]` int32, absolute 0-based position of each token.
         slot_mapping: `[total_tokens]` int32, `page * page_size + offset`; a slot of -1 (or outside
@@ -55,9 +57,15 @@ def rope_append_(
         query_scale_beta: llama-4 scale: q is multiplied by
             `1 + beta * ln(1 + floor(position / query_scale_len))`.
         query_scale_len: period of that scale in tokens; 0 switches it off.
+        k_scale: `[num_kv_heads]` float32, positive and finite, for float8_e4m3fn caches only: what
+            is stored is `rotated k / k_scale` of the head, computed in float32 and rounded once, to
+            nearest even. Larger magnitudes than 448 (infinity too) become 448, NaN stays NaN. None:
+            1.
+        v_scale: as `k_scale`, for v.
 
     Raises:
-        RuntimeError: a shape, dtype, stride or device does not fit; nothing has been written.
+        RuntimeError: a shape, dtype, stride or device does not fit; nothing has been written. That
+            scales are positive is checked on CPU, and on CUDA in a debug build.
 
     Source: RoPE (Su et al. 2021), rotate-half layout; llama-4 attention temperature tuning.
     Meaning: `reference.rope_append_`.
@@ -65,13 +73,14 @@ def rope_append_(
     _nld.rope_append_(
         q, k, v, k_cache, v_cache, positions, slot_mapping, inv_freq,
         attention_scaling=attention_scaling, query_scale_beta=query_scale_beta,
-        query_scale_len=query_scale_len,
+        query_scale_len=query_scale_len, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
 
 
 @torch.library.register_fake("nld::rope_append_")
 def _(q, k, v, k_cache, v_cache, positions, slot_mapping, inv_freq, *,
-      attention_scaling=1.0, query_scale_beta=0.0, query_scale_len=0):  # fmt: skip
+      attention_scaling=1.0, query_scale_beta=0.0, query_scale_len=0,
+      k_scale=None, v_scale=None):  # fmt: skip
     return None
 
 
@@ -88,8 +97,8 @@ def compact_(
     Entry `base_lens[b] + src_offsets[b, i]` moves to `base_lens[b] + i` for `i < num_kept[b]`.
 
     Args:
-        k_cache: `[num_layers, num_pages, page_size, num_kv_heads, head_dim]`, any stride order
-            with a dense last dimension; written.
+        k_cache: `[num_layers, num_pages, page_size, num_kv_heads, head_dim]`, float32, bfloat16,
+            float16 or float8_e4m3fn, any stride order with a dense last dimension; written.
         v_cache: as `k_cache`; written.
         page_table: `[batch, max_pages]` int32, page index of each `page_size` tokens.
         base_lens: `[batch]` int32, tokens before the entries to choose from.
@@ -243,6 +252,8 @@ def block_attention(
     softcap: float = 0.0,
     split_len: int = 0,
     plan: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -262,8 +273,9 @@ def block_attention(
         q: `[total_q, num_heads, head_dim]` float32, bfloat16 or float16, any strides with a dense
             last dimension, head_dim >= 1. Rows that belong to no request (past
             `cu_seqlens_q[batch]`) are not read; their outputs are 0 and -inf.
-        k_cache: `[num_pages, page_size, num_kv_heads, head_dim]`, dtype of q, any stride order
-            with a dense last dimension, page_size >= 1; num_heads is a multiple of num_kv_heads.
+        k_cache: `[num_pages, page_size, num_kv_heads, head_dim]`, dtype of q or float8_e4m3fn (the
+            other arguments as they are; the values are exact in q's dtype), any stride order with a
+            dense last dimension, page_size >= 1; num_heads is a multiple of num_kv_heads.
             Holds the keys of the current rows already. Nothing at or past `seq_lens` is read.
         v_cache: as `k_cache`.
         page_table: `[batch, max_pages]` int32, page of each `page_size` tokens. Entries in use
@@ -285,6 +297,9 @@ def block_attention(
             bits, but a request's last bits depend on its batch.
         plan: what `attention_plan` made of the same arguments; None: made here. On CPU only its
             size is checked.
+        k_scale: `[num_kv_heads]` float32, positive and finite, for float8_e4m3fn caches only: a key
+            is its entry times k_scale of its head (a factor on the scores). None: 1.
+        v_scale: as `k_scale`, for values (a factor on the head's out, applied in float32).
         out: written: as q, any strides with a dense last dimension. Given together with `lse`.
         lse: written: `[num_heads, total_q]` float32, any strides.
 
@@ -296,6 +311,7 @@ def block_attention(
     meet the values. CUDA: tensor cores for bfloat16 and float16 with head_dim 64, 96 or 128
     and rows of q and caches that start at multiples of 16 bytes (as torch allocates them); every
     other dtype, alignment and head_dim up to 512 runs in float32, correct and many times slower.
+    float8_e4m3fn caches: see docs/attention.md for which kernel takes what.
 
     Workspace, CPU: a few tiles per thread (less than `700 * (head_dim + 32)` floats each), and
     while there are fewer than 4 (request, kv head, 128-row tile) items per thread,
@@ -316,6 +332,7 @@ def block_attention(
     options = {
         "block_len": block_len, "block_phase": block_phase, "softmax_scale": softmax_scale,
         "softcap": softcap, "split_len": split_len, "plan": plan,
+        "k_scale": k_scale, "v_scale": v_scale,
     }  # fmt: skip
     if out is None and lse is None:
         return _nld.block_attention(*args, **options)
@@ -328,14 +345,15 @@ def block_attention(
 
 @torch.library.register_fake("nld::block_attention")
 def _(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode, *, block_len=None,
-      block_phase=None, softmax_scale=None, softcap=0.0, split_len=0, plan=None):  # fmt: skip
+      block_phase=None, softmax_scale=None, softcap=0.0, split_len=0, plan=None,
+      k_scale=None, v_scale=None):  # fmt: skip
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 @torch.library.register_fake("nld::block_attention.out")
 def _(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode, *, block_len=None,
       block_phase=None, softmax_scale=None, softcap=0.0, split_len=0, plan=None,
-      out, lse):  # fmt: skip
+      k_scale=None, v_scale=None, out, lse):  # fmt: skip
     return None
 
 

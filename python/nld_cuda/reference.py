@@ -18,6 +18,14 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
+def as_stored(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    """Return what a cache of `dtype` keeps of x `[tokens, num_kv_heads, head_dim]`."""
+    if dtype != torch.float8_e4m3fn:
+        return x.to(dtype)
+    scaled = x.float() if scale is None else x.float() / scale[:, None]
+    return scaled.clamp(-448, 448).to(dtype)  # NaN stays; casts of torch differ past 448
+
+
 def rope_append_(
     q: Tensor,
     k: Tensor,
@@ -31,6 +39,8 @@ def rope_append_(
     attention_scaling: float = 1.0,
     query_scale_beta: float = 0.0,
     query_scale_len: int = 0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """Rotate q in place, rotate k, write k and v to their slots."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -49,12 +59,13 @@ def rope_append_(
         steps = torch.div(positions, query_scale_len, rounding_mode="floor").to(compute)
         scale = 1 + query_scale_beta * torch.log1p(steps)
     q.copy_((rotate(q) * scale[:, None, None]).to(q.dtype))
-    rotated_k = rotate(k).to(k_cache.dtype)
+    stored_k = as_stored(rotate(k), k_cache.dtype, k_scale)
+    stored_v = as_stored(v, v_cache.dtype, v_scale)
     num_pages, page_size = k_cache.shape[:2]
     for token, slot in enumerate(slot_mapping.tolist()):
         if 0 <= slot < num_pages * page_size:
-            k_cache[slot // page_size, slot % page_size] = rotated_k[token]
-            v_cache[slot // page_size, slot % page_size] = v[token]
+            k_cache[slot // page_size, slot % page_size] = stored_k[token]
+            v_cache[slot // page_size, slot % page_size] = stored_v[token]
 
 
 def compact_(
@@ -124,6 +135,8 @@ def block_attention(
     softcap: float = 0.0,
     split_len: int = 0,
     plan: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gather each request's keys and values, score, mask, softmax.
 
@@ -142,8 +155,12 @@ def block_attention(
         index = torch.arange(seq_len, device=q.device)
         pages, offsets = page_table[b, index // page_size].long(), index % page_size
         heads_per_kv = num_heads // num_kv_heads
-        k = k_cache[pages, offsets].to(compute).repeat_interleave(heads_per_kv, dim=1)
-        v = v_cache[pages, offsets].to(compute).repeat_interleave(heads_per_kv, dim=1)
+        k, v = k_cache[pages, offsets].to(compute), v_cache[pages, offsets].to(compute)
+        if k_scale is not None:
+            k = k * k_scale[:, None]
+        if v_scale is not None:
+            v = v * v_scale[:, None]
+        k, v = (x.repeat_interleave(heads_per_kv, dim=1) for x in (k, v))
         scores = scale * torch.einsum("qhd,khd->hqk", q[begin:end].to(compute), k)
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
