@@ -10,6 +10,7 @@ from nld_cuda.api import NLDModel as NLDModel
 from nld_cuda.api import load as load
 from nld_cuda.decode.generate import GenerateResult as GenerateResult
 from nld_cuda.decode.generate import generate as generate
+from nld_cuda.decode.session import Session as Session
 from nld_cuda.decode.stats import DecodeStats as DecodeStats
 from nld_cuda.decode.stream import StreamEvent as StreamEvent
 from nld_cuda.decode.stream import stream as stream

@@ -14,6 +14,7 @@ from nld_cuda.decode.stats import DecodeStats
 from nld_cuda.decode.text import Tokenizer
 
 if TYPE_CHECKING:
+    from nld_cuda.decode.session import Session
     from nld_cuda.model.transformer import NLDModel
 
 FinishReason = Literal["eos", "length"]
@@ -56,6 +57,7 @@ def generate(
     revise_threshold: float | None = None,
     mask_token_id: int | None = None,
     page_size: int = 16,
+    session: Session | None = None,
     ops: Any = default_ops,
 ) -> GenerateResult:
     """Continue a batch of prompts.
@@ -92,6 +94,8 @@ def generate(
         quota, revise_threshold: of these rules.
         mask_token_id: default: the model's own.
         page_size: tokens per cache page.
+        session: keeps the cache for the next call (one prompt): what a prompt shares with the text
+            so far is not read again.
         ops: where the ops are taken from; `nld_cuda.reference` runs their plain meaning.
 
     Raises:
@@ -112,10 +116,15 @@ def generate(
             revise_threshold=revise_threshold, lora=lora, spec_sampling=spec_sampling,
             mask_token_id=mask_token_id, page_size=page_size,
         ),
+        session,
     )  # fmt: skip
-    run.start()
-    while not run.finished:
-        run.advance()
+    try:
+        run.start()
+        while not run.finished:
+            run.advance()
+    finally:
+        if session is not None:
+            session.end(run)
     return result_of(run, tokenizer)
 
 
@@ -126,13 +135,14 @@ def prepare_run(
     ops: Any,
     request_options: dict[str, Any],
     settings_options: dict[str, Any],
+    session: Session | None,
 ) -> tuple[Run, Tokenizer | None]:
     if mode not in MODES:
         raise ValueError(f"generate: mode must be one of {', '.join(MODES)}, got {mode!r}")
     tokenizer: Tokenizer | None = getattr(model, "tokenizer", None)
     settings = make_settings(model, mode, **settings_options)
     requests = make_requests(model, prompts, tokenizer, **request_options)
-    return Run(model, requests, settings, ops=ops), tokenizer
+    return Run(model, requests, settings, ops=ops, session=session), tokenizer
 
 
 def result_of(run: Run, tokenizer: Tokenizer | None) -> GenerateResult:

@@ -100,7 +100,7 @@ def prefill(
     num_masks: int = 0,
     mask_token_id: int = 0,
 ) -> Tensor | None:
-    """Read all prompts in one causal forward and emit the first token of each request.
+    """Read what the cache lacks of all prompts in one causal forward; emit their first tokens.
 
     Args:
         verify_mode: SAMPLED, or COMMIT where an EOS as first token ends the request only later.
@@ -112,15 +112,21 @@ def prefill(
         Logits `[batch, num_masks, vocab]` of the mask rows, None without them.
     """
     device, batch = state.device, state.batch
-    lens = [len(r.prompt) if r.max_new_tokens else 0 for r in state.requests]
-    tokens = [t for n, r in zip(lens, state.requests, strict=True) for t in r.prompt[:n]]
+    active = [r for r in state.requests if r.max_new_tokens]
+    tokens = [t for r in active for t in r.prompt[r.num_cached :]]
     if not tokens:
         return None
-    counts = lens + [num_masks if n else 0 for n in lens] if num_masks else lens
+    starts = [r.num_cached for r in state.requests]
+    lens = [len(r.prompt) if r.max_new_tokens else 0 for r in state.requests]
+    counts = [max(n - start, 0) for n, start in zip(lens, starts, strict=True)]
+    if num_masks:
+        counts += [num_masks if n else 0 for n in lens]
     tokens += [mask_token_id] * (sum(counts) - len(tokens))
     cu = torch.tensor([0, *counts]).cumsum(0)
     request_idx = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)) % batch
-    places = torch.cat([torch.arange(n) for n in lens])
+    places = torch.cat(
+        [torch.arange(start, max(n, start)) for n, start in zip(lens, starts, strict=True)]
+    )
     ends = torch.tensor(lens)
     if num_masks:
         shadow = (ends[:, None] + torch.arange(num_masks))[ends > 0]

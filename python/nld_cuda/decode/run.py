@@ -20,6 +20,7 @@ from nld_cuda.decode.quadratic_spec import QuadraticSpec
 from nld_cuda.decode.state import DecodeState, Pass, Request, pages_needed
 
 if TYPE_CHECKING:
+    from nld_cuda.decode.session import Session
     from nld_cuda.model.transformer import NLDModel
 
 Mode = Autoregressive | Diffusion | LinearSpec | QuadraticSpec
@@ -81,8 +82,12 @@ class Run:
         settings: Settings,
         *,
         ops: Any = default_ops,
+        session: Session | None = None,
     ) -> None:
-        """Allocate cache and state. `ops` may be `nld_cuda.reference`: same names, same meaning."""
+        """Allocate cache and state. `ops` may be `nld_cuda.reference`: same names, same meaning.
+
+        With a session the cache is the session's, and what it holds of the prompt is not read anew.
+        """
         entry = MODES[settings.mode]
         overhang = entry.overhang(settings.block_len)
         self.settings, self._model = settings, model
@@ -90,10 +95,22 @@ class Run:
             torch.cuda.reset_peak_memory_stats(model.device)
         self._started = time.perf_counter()
         self._first_token = self._ended = self._started
-        num_pages = pages_needed(requests, overhang, settings.page_size)
-        self.cache = KVCache(model.config, num_pages, settings.page_size, model.device, model.dtype)
+        page_table = None
+        if session is not None:
+            requests, self.cache, page_table = session.begin(
+                model, requests, overhang, settings.page_size
+            )
+        else:
+            num_pages = pages_needed(requests, overhang, settings.page_size)
+            self.cache = KVCache(
+                model.config, num_pages, settings.page_size, model.device, model.dtype
+            )
         self.state = DecodeState(
-            requests, self.cache, overhang=overhang, block_len=settings.block_len
+            requests,
+            self.cache,
+            overhang=overhang,
+            block_len=settings.block_len,
+            page_table=page_table,
         )
         self.mode = entry.make(model, self.cache, self.state, ops, settings)
         self.finished = False

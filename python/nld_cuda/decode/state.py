@@ -38,6 +38,8 @@ class Request:
         max_thinking_tokens: new tokens after which `end_think_token_id` is forced, unless the
             request has produced it before; None: no budget.
         end_think_token_id: needed with max_thinking_tokens.
+        num_cached: leading prompt tokens whose keys and values are in the cache already; fewer
+            than the prompt has.
     """
 
     prompt: Sequence[int]
@@ -48,6 +50,7 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     max_thinking_tokens: int | None = None
     end_think_token_id: int | None = None
+    num_cached: int = 0
 
 
 @dataclass
@@ -91,7 +94,13 @@ class DecodeState:
     """
 
     def __init__(
-        self, requests: Sequence[Request], cache: KVCache, *, overhang: int, block_len: int
+        self,
+        requests: Sequence[Request],
+        cache: KVCache,
+        *,
+        overhang: int,
+        block_len: int,
+        page_table: Tensor | None = None,
     ) -> None:
         """Lay out the tensors and take pages from the cache.
 
@@ -100,11 +109,14 @@ class DecodeState:
             cache: must have the pages that `pages_needed` counts.
             overhang: rows a step may place beyond the last token of a request.
             block_len: most drafts a verify pass may accept, plus one.
+            page_table: pages that the requests hold already, enough of them; None: new ones.
         """
         device = cache.k.device
         batch = len(requests)
         self.requests = tuple(requests)
-        self.page_table = cache.allocate(batch, capacities(requests, overhang))
+        if page_table is None:
+            page_table = cache.allocate(batch, capacities(requests, overhang))
+        self.page_table = page_table
         capacity = self.page_table.shape[1] * cache.page_size
         self.slot_table = torch.full((batch, capacity), -1, dtype=torch.int32, device=device)
         if capacity:
@@ -120,7 +132,8 @@ class DecodeState:
 
         limits = [r.max_new_tokens for r in requests]
         self.prompt_lens = per_request([len(r.prompt) for r in requests], torch.int32)
-        self.seq_lens, self.step_lens, self.out_lens = zeros(batch), zeros(batch), zeros(batch)
+        self.seq_lens = per_request([r.num_cached for r in requests], torch.int32)
+        self.step_lens, self.out_lens = zeros(batch), zeros(batch)
         self.next_tokens = zeros(batch, dtype=torch.int64)
         self.out_tokens = zeros(batch, max(limits, default=0), dtype=torch.int64)
         self.max_out_lens = per_request(limits, torch.int32)

@@ -18,6 +18,7 @@ from nld_cuda.decode.state import Pass
 from nld_cuda.decode.text import IncrementalDecoder, Tokenizer
 
 if TYPE_CHECKING:
+    from nld_cuda.decode.session import Session
     from nld_cuda.model.transformer import NLDModel
 
 
@@ -86,6 +87,7 @@ def stream(
     revise_threshold: float | None = None,
     mask_token_id: int | None = None,
     page_size: int = 16,
+    session: Session | None = None,
     ops: Any = default_ops,
 ) -> Generator[StreamEvent, None, GenerateResult]:
     """Continue one prompt and yield an event per forward, with the tokens of `generate`.
@@ -105,10 +107,21 @@ def stream(
             revise_threshold=revise_threshold, lora=lora, spec_sampling=spec_sampling,
             mask_token_id=mask_token_id, page_size=page_size,
         ),
+        session,
     )  # fmt: skip
     if run.state.batch != 1:
         raise ValueError(f"stream: prompt must be a single one, got {run.state.batch}")
-    return _events(run, tokenizer)
+    return _events(run, tokenizer) if session is None else _in_session(session, run, tokenizer)
+
+
+def _in_session(
+    session: Session, run: Run, tokenizer: Tokenizer | None
+) -> Generator[StreamEvent, None, GenerateResult]:
+    """The events; what was said stays in the session however the reader stops."""
+    try:
+        return (yield from _events(run, tokenizer))
+    finally:
+        session.end(run)
 
 
 def _events(run: Run, tokenizer: Tokenizer | None) -> Generator[StreamEvent, None, GenerateResult]:

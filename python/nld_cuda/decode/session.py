@@ -1,0 +1,94 @@
+"""A cache that outlives a decode call, for texts that grow turn by turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nld_cuda.decode.kv_cache import KVCache
+from nld_cuda.decode.state import Request, capacities
+
+if TYPE_CHECKING:
+    from nld_cuda.decode.run import Run
+    from nld_cuda.model.transformer import NLDModel
+
+
+class Session:
+    """Keeps keys and values of one text between calls of `generate` and `stream`.
+
+    Pass it as their `session`, with the whole text so far as the prompt each time. The part of the
+    prompt that equals the beginning of what is cached is not read again; where the two part, the
+    cache is rolled back. Every mode leaves the same kind of entries (causal ones, of tokens that
+    stayed), so modes may change from call to call. One call at a time.
+
+    Attributes:
+        model, page_size: as given.
+        tokens: ids whose keys and values are cached.
+        num_reused: prompt tokens that the latest call did not have to read.
+    """
+
+    def __init__(self, model: NLDModel, *, page_size: int = 16) -> None:
+        """Start empty; memory is taken as the text grows, twice as much each time."""
+        self.tokens: list[int] = []
+        self.num_reused = 0
+        self.model, self.page_size = model, page_size
+        self._cache: KVCache | None = None
+        self._page_table: Tensor | None = None
+
+    def forget(self, num_kept: int = 0) -> None:
+        """Keep only the first `num_kept` cached tokens."""
+        del self.tokens[num_kept:]
+
+    @torch.inference_mode()
+    def begin(
+        self, model: NLDModel, requests: Sequence[Request], overhang: int, page_size: int
+    ) -> tuple[list[Request], KVCache, Tensor]:
+        """Make room for a call: its request with `num_cached` set, the cache, the page table.
+
+        Raises:
+            ValueError: another model or page_size than the session's, or more than one request.
+        """
+        if len(requests) != 1:
+            raise ValueError(f"generate: session must have one prompt a call, got {len(requests)}")
+        if model is not self.model:
+            raise ValueError("generate: session must be one of this model, got another model's")
+        if page_size != self.page_size:
+            raise ValueError(
+                f"generate: page_size must be the session's, {self.page_size}, got {page_size}"
+            )
+        prompt = list(requests[0].prompt)
+        shared = 0
+        # The last token is always read: its logits give the next one.
+        for ours, theirs in zip(self.tokens, prompt[:-1], strict=False):
+            if ours != theirs:
+                break
+            shared += 1
+        self.forget(shared)
+        self.num_reused = shared
+        cache, page_table = self._reserve(capacities(requests, overhang)[0])
+        return [replace(requests[0], num_cached=shared)], cache, page_table
+
+    def end(self, run: Run) -> None:
+        """Take over what a call has left in the cache, finished or not."""
+        state = run.state
+        text = [*state.requests[0].prompt, *run.tokens()[0]]
+        self.tokens = text[: int(state.seq_lens[0])]
+
+    def _reserve(self, capacity: int) -> tuple[KVCache, Tensor]:
+        """A cache for `capacity` tokens that holds what was cached."""
+        old, size = self._cache, self.page_size
+        if old is None or self._page_table is None or old.num_pages * size < capacity:
+            model, held = self.model, 0 if old is None else old.num_pages
+            pages = max(KVCache.pages_for(capacity, size), 2 * held)
+            cache = KVCache(model.config, pages, size, model.device, model.dtype)
+            self._page_table = cache.allocate(1, pages * size)  # the lowest pages first, in order
+            if old is not None:
+                cache.k[:, :held] = old.k
+                cache.v[:, :held] = old.v
+            self._cache = cache
+            return cache, self._page_table
+        return old, self._page_table
