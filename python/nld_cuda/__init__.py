@@ -8,6 +8,8 @@ from nld_cuda import ops as ops
 from nld_cuda import reference as reference
 from nld_cuda.api import NLDModel as NLDModel
 from nld_cuda.api import load as load
+from nld_cuda.chat import Chat as Chat
+from nld_cuda.chat_template import ChatTemplate as ChatTemplate
 from nld_cuda.decode.generate import GenerateResult as GenerateResult
 from nld_cuda.decode.generate import generate as generate
 from nld_cuda.decode.session import Session as Session

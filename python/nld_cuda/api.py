@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nld_cuda.chat_template import ChatTemplate
 from nld_cuda.decode.generate import GenerateResult, generate
 from nld_cuda.decode.text import Tokenizer
 from nld_cuda.model.checkpoint import load_model
@@ -32,11 +34,24 @@ class NLDModel(_Transformer):
 
     Attributes:
         tokenizer: from tokenizer.json, None where the checkpoint has none.
+        folder: where the checkpoint lies, None for a model that was made from tensors.
     """
 
-    def __init__(self, *weights: Any, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self,
+        *weights: Any,
+        tokenizer: Tokenizer | None = None,
+        folder: Path | None = None,
+    ) -> None:
         super().__init__(*weights)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.folder = tokenizer, folder
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The checkpoint's template, None where it has none; raises as `ChatTemplate` does."""
+        if self.folder is None:
+            return None
+        return ChatTemplate.from_folder(self.folder, self.tokenizer)
 
     def ar_generate(
         self,
@@ -206,5 +221,5 @@ def load(
     weights = load_model(folder, device, dtype, None if lora == "none" else lora, progress=progress)
     return NLDModel(
         weights.config, weights.embed, weights.layers, weights.norm, weights.head,
-        tokenizer=Tokenizer.from_folder(folder),
+        tokenizer=Tokenizer.from_folder(folder), folder=folder,
     )  # fmt: skip

@@ -23,6 +23,13 @@ COMPARE_EXAMPLES = """examples:
   nld compare "sum 17 25" --max-new-tokens 64
   nld compare --model path/to/checkpoint --json < prompt.txt
 """
+CHAT_EXAMPLES = """examples:
+  nld chat --model path/to/checkpoint
+  nld chat --model path/to/checkpoint --system "Answer briefly." --think --max-thinking-tokens 500
+  printf 'hello\\n/mode diffusion\\nagain\\n' | nld chat --model path/to/checkpoint
+
+type /help for what can be changed during a conversation
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,8 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate", help="continue a prompt", epilog=GENERATE_EXAMPLES, formatter_class=raw
     )
+    add_prompt_argument(generate)
     add_model_arguments(generate)
     add_decode_arguments(generate)
+    add_json_argument(generate)
     generate.add_argument(
         "--mode", choices=MODES, default="linear-spec", help="decode mode (default: %(default)s)"
     )
@@ -57,13 +66,33 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=COMPARE_EXAMPLES,
         formatter_class=raw,
     )
+    add_prompt_argument(compare)
     add_model_arguments(compare)
     add_decode_arguments(compare)
+    add_json_argument(compare)
     compare.add_argument(
         "--demo", action="store_true",
         help="use held-out problems that come with the packaged model, and check the answers",
     )  # fmt: skip
     compare.set_defaults(run=run_compare)
+
+    chat = commands.add_parser(
+        "chat", help="talk with a model", epilog=CHAT_EXAMPLES, formatter_class=raw
+    )
+    add_model_arguments(chat)
+    add_decode_arguments(chat)
+    chat.add_argument(
+        "--mode", choices=MODES, default="linear-spec", help="decode mode (default: %(default)s)"
+    )
+    chat.add_argument("--system", metavar="TEXT", help="the system turn")
+    chat.add_argument("--think", action="store_true", help="ask the model to think first")
+    chat.add_argument(
+        "--max-thinking-tokens", type=int, metavar="N", help="end thoughts after so many tokens"
+    )
+    chat.add_argument(
+        "--template", metavar="FILE", help="chat template (Jinja) instead of the checkpoint's"
+    )
+    chat.set_defaults(run=run_chat)
 
     info = commands.add_parser(
         "info", help="show versions, instruction set, GPU architectures, devices"
@@ -73,11 +102,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what chooses prompt, checkpoint and device."""
+def add_prompt_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the prompt."""
     parser.add_argument(
         "prompt", nargs="?", help="the prompt; read from standard input when absent"
     )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what chooses checkpoint and device."""
     parser.add_argument(
         "--model", default="nld-tiny", metavar="PATH",
         help="checkpoint folder, or the packaged model nld-tiny (default: %(default)s)",
@@ -121,6 +154,10 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the random draws (default: %(default)s)"
     )
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the switch for programs that read the output."""
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object: text, tokens and statistics"
     )
@@ -145,11 +182,10 @@ def load_model(args: argparse.Namespace) -> Any:
         raise ValueError(f"--threads must be >= 1, got {args.threads}")
 
     def progress(done: int, total: int) -> None:
-        print(
-            f"\rloading {args.model}: {done}/{total} tensors", end="", file=sys.stderr, flush=True
-        )
+        text = f"{done / 2**20:.0f} of {total / 2**20:.0f} MiB, {100 * done // max(total, 1)} %"
+        print(f"\rloading {args.model}: {text}", end="", file=sys.stderr, flush=True)
 
-    show = sys.stderr.isatty() and not args.json
+    show = sys.stderr.isatty() and not getattr(args, "json", False)
     model = nld_cuda.load(
         args.model,
         device=args.device,
@@ -272,6 +308,13 @@ def demo_problems() -> list[dict[str, Any]]:
         problem = json.loads(line)
         first.setdefault(problem["kind"], problem)
     return list(first.values())
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    """Talk until the input ends."""
+    from nld_cuda.cli_chat import Console
+
+    return Console(load_model(args), args).run()
 
 
 def run_info(args: argparse.Namespace) -> int:

@@ -36,9 +36,9 @@ class Tokenizer:
         """Ids in all, added tokens included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, with the special tokens that the tokenizer itself adds."""
-        return list(self._tokenizer.encode(text).ids)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text, with or without the special tokens that the tokenizer itself adds."""
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ids; ids the tokenizer does not know decode to nothing."""

@@ -1,0 +1,161 @@
+"""`Chat`: a conversation over one cache, in any mode, turn by turn."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+from nld_cuda.chat_template import TURN_END, ChatTemplate, special_tokens
+from nld_cuda.decode.generate import GenerateResult
+from nld_cuda.decode.session import Session
+from nld_cuda.decode.stream import StreamEvent, stream
+
+if TYPE_CHECKING:
+    from nld_cuda.api import NLDModel
+
+THINK_BEGIN, THINK_END = "<think>", "</think>"
+
+
+class Chat:
+    """Asks, streams the answer, remembers both.
+
+    The whole conversation is rendered by the checkpoint's template each time and continued in a
+    `Session`, so that only what is new is read. Where a template rewrites earlier turns (most drop
+    old thoughts), the cache is rolled back to where the texts part.
+
+    Attributes:
+        messages: the conversation, `{"role", "content"}` each; may be edited between turns.
+        mode: decode mode of the next answer.
+        thinking: whether the model is asked to think first.
+        max_thinking_tokens: thoughts are ended after so many tokens; None: no limit.
+        session: what is cached.
+        options: further arguments of `nld_cuda.stream` for every answer.
+    """
+
+    def __init__(
+        self,
+        model: NLDModel,
+        *,
+        mode: str = "linear_spec",
+        system: str | None = None,
+        thinking: bool = False,
+        max_thinking_tokens: int | None = None,
+        template: ChatTemplate | str | None = None,
+        **options: Any,
+    ) -> None:
+        """Start a conversation.
+
+        Args:
+            model: from `load`, with a tokenizer.
+            mode, thinking, max_thinking_tokens, options: see the attributes.
+            system: the system turn, None for the template's own.
+            template: another template than the checkpoint's, or the source of one.
+
+        Raises:
+            ValueError: no tokenizer, no template, or a budget for a tokenizer without `</think>`.
+        """
+        if model.tokenizer is None:
+            raise ValueError("chat: model must have a tokenizer, found none in its folder")
+        if isinstance(template, str):
+            names = {} if model.folder is None else special_tokens(model.folder)
+            template = ChatTemplate(template, names)
+        chosen = model.chat_template if template is None else template
+        if chosen is None:
+            raise ValueError(
+                "chat: model must have a chat template (chat_template.jinja, or chat_template in "
+                f"tokenizer_config.json) or the tokens of ChatML ({TURN_END}), found neither"
+            )
+        self.model, self.mode, self.thinking, self.options = model, mode, thinking, options
+        self.max_thinking_tokens = max_thinking_tokens
+        self.session = Session(model, page_size=options.get("page_size", 16))
+        self.messages: list[dict[str, str]] = []
+        self._tokenizer, self._template = model.tokenizer, chosen
+        self._end_think = self._tokenizer.token_id(THINK_END)
+        turn_end = self._tokenizer.token_id(TURN_END)
+        self._eos = tuple(
+            dict.fromkeys((*model.config.eos_token_ids, *(() if turn_end is None else (turn_end,))))
+        )
+        if max_thinking_tokens is not None and self._end_think is None:
+            raise ValueError(
+                f"chat: max_thinking_tokens must be None, the tokenizer has no {THINK_END}, "
+                f"got {max_thinking_tokens}"
+            )
+        self.restart(system)
+
+    @property
+    def end_think_token_id(self) -> int | None:
+        """Id of the token that ends thoughts."""
+        return self._end_think
+
+    def restart(self, system: str | None) -> None:
+        """Forget the conversation, with another system turn (None for the template's own)."""
+        self._system = system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation but not the system turn. The cache is kept as far as it fits."""
+        self.messages = []
+        if self._system is not None:
+            self.messages.append({"role": "system", "content": self._system})
+
+    def prompt(self) -> list[int]:
+        """Ids of the conversation so far, up to where the assistant's next turn begins."""
+        return self._tokenizer.encode(self._text(), add_special_tokens=False)
+
+    def ask(self, text: str, **options: Any) -> Generator[StreamEvent, None, GenerateResult]:
+        """Add a user turn and stream the answer, which joins the conversation when it ends.
+
+        A reader that stops early leaves what has been said as the answer.
+
+        Args:
+            text: the user's turn.
+            options: arguments of `nld_cuda.stream` for this answer, over those of the chat.
+
+        Raises:
+            ValueError, TypeError: as `nld_cuda.stream`; the conversation is then as before.
+        """
+        self.messages.append({"role": "user", "content": text})
+        try:
+            rendered = self._text()
+            budget = self.max_thinking_tokens if self.thinking else None
+            events = stream(
+                self.model,
+                self._tokenizer.encode(rendered, add_special_tokens=False),
+                options.pop("mode", self.mode),
+                **{
+                    "session": self.session,
+                    "eos_token_id": self._eos,
+                    "max_thinking_tokens": budget,
+                    "end_think_token_id": None if budget is None else self._end_think,
+                    **self.options,
+                    **options,
+                },
+            )
+        except Exception:
+            self.messages.pop()
+            raise
+        opened = THINK_BEGIN + "\n" if rendered.rstrip().endswith(THINK_BEGIN) else ""
+        return self._answer(events, opened)
+
+    def _answer(
+        self, events: Generator[StreamEvent, None, GenerateResult], opened: str
+    ) -> Generator[StreamEvent, None, GenerateResult]:
+        said: list[int] = []
+        try:
+            while True:
+                try:
+                    event = next(events)
+                except StopIteration as stop:
+                    result: GenerateResult = stop.value
+                    return result
+                said += event.final_tokens
+                yield event
+        finally:
+            events.close()
+            if said and said[-1] in self._eos:
+                said.pop()
+            content = opened + self._tokenizer.decode(said, skip_special_tokens=False)
+            self.messages.append({"role": "assistant", "content": content})
+
+    def _text(self) -> str:
+        return self._template.render(self.messages, enable_thinking=self.thinking)

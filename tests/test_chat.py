@@ -1,0 +1,257 @@
+"""Chat: templates against transformers, turns over one cache against fresh calls, the command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nld_cuda
+from nld_cuda import Chat, ChatTemplate
+from nld_cuda.chat_template import CHATML
+
+TINY = nld_cuda.api.ASSETS / "nld-tiny"
+BRACKETS = """{{ bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}
+[INST] {{ message['content'] | trim }} [/INST]
+    {%- elif message['role'] == 'system' %}
+        {%- continue %}
+    {%- else %}
+{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}
+    {%- endif %}
+{%- endfor %}
+"""
+STRICT = """{% set ns = namespace(turn=0) %}
+{% for m in messages %}
+  {% if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+    {{ raise_exception('turns must alternate') }}
+  {% endif %}
+  {% set ns.turn = ns.turn + 1 %}
+{{ m | tojson(indent=1) }} {{ ns.turn }} {{ strftime_now('%Y') }}
+  {% if ns.turn == 4 %}{% break %}{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+{{ {"go": "é<", "n": enable_thinking | default(none)} | tojson }}
+{% endif %}
+"""
+
+
+@pytest.fixture(scope="module")
+def their_tokenizer() -> Any:
+    return transformers.AutoTokenizer.from_pretrained(TINY)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("source", [CHATML, BRACKETS, STRICT], ids=["chatml", "brackets", "strict"])
+def test_templates_render_as_in_transformers(
+    source: str, data: st.DataObject, their_tokenizer: Any
+) -> None:
+    text = st.text(alphabet="ab \n<>é'\"{}%", max_size=12)
+    turns = data.draw(st.integers(1, 5))
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": data.draw(text)} for i in range(turns)
+    ]
+    if source != STRICT and data.draw(st.booleans()):
+        messages.insert(0, {"role": "system", "content": data.draw(text)})
+    options = {
+        "add_generation_prompt": data.draw(st.booleans()),
+        "enable_thinking": data.draw(st.booleans()),
+    }
+    ours = ChatTemplate(source, {"bos_token": "<bos>", "eos_token": "<eos>"})
+    expected = their_tokenizer.apply_chat_template(
+        messages, chat_template=source, tokenize=False, **options
+    )
+    assert ours.render(messages, **options) == expected
+
+
+def test_template_errors() -> None:
+    with pytest.raises(ValueError, match=r"x\.jinja: must be a Jinja template: .*endfor"):
+        ChatTemplate("{% for m in messages %}", origin="x.jinja")
+    turns = [{"role": "assistant", "content": "a"}]
+    with pytest.raises(ValueError, match="must accept the conversation: turns must alternate"):
+        ChatTemplate(STRICT).render(turns)
+    for attack in (
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{% include '/etc/passwd' %}",
+    ):
+        with pytest.raises(ValueError, match="must accept the conversation"):
+            ChatTemplate(attack).render(turns)
+
+
+def copy_of_tiny(folder: Path, **config: Any) -> Path:
+    """nld-tiny with other tokenizer_config fields."""
+    shutil.copytree(TINY, folder, dirs_exist_ok=True)
+    fields = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields | config))
+    return folder
+
+
+def test_where_templates_are_found(tmp_path: Path) -> None:
+    """The file of its own first, then the JSON files, then ChatML by its tokens."""
+    turns = [{"role": "user", "content": "x"}]
+    tokenizer = nld_cuda.load("nld-tiny", device="cpu").tokenizer
+
+    def rendered() -> str:
+        template = ChatTemplate.from_folder(folder, tokenizer)
+        assert template is not None
+        return template.render(turns)
+
+    folder = copy_of_tiny(tmp_path)
+    assert rendered().startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\nx<|im_end|>")
+    assert ChatTemplate.from_folder(folder) is None, "ChatML only where its tokens exist"
+    several = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    copy_of_tiny(tmp_path, chat_template=several, bos_token={"content": "<bos>", "lstrip": False})
+    assert rendered() == "D"
+    copy_of_tiny(tmp_path, chat_template="{{ bos_token }}|{{ messages[0].content }}")
+    assert rendered() == "<bos>|x"
+    (folder / "chat_template.json").write_text('{"chat_template": "json"}')
+    assert rendered() == "json"
+    (folder / "chat_template.jinja").write_text("jinja {{ eos_token }}")
+    assert rendered() == "jinja <eos>"
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"chat_template\.json: must hold a JSON object, got list"):
+        rendered()
+
+
+def ask(chat: Chat, text: str, **options: Any) -> list[int]:
+    """The answer's tokens."""
+    events = list(chat.ask(text, **options))
+    assert events[-1].result is not None
+    return events[-1].result.tokens[0]
+
+
+def test_turns_equal_fresh_calls() -> None:
+    """Each answer is what `generate` says to the same ids; modes change on one cache."""
+    model = nld_cuda.load("nld-tiny", device="cpu")
+    # Keeps all turns as they were said, so that everything is reused.
+    template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    chat = Chat(model, max_new_tokens=20, template=template)
+    modes = ["linear_spec", "diffusion", "ar", "quadratic_spec", "linear_spec"]
+    for turn, mode in enumerate(modes):
+        text = f"sum {turn + 3} 1{turn}"
+        extra: dict[str, Any] = {"threshold": 0.9} if mode == "diffusion" else {}
+        chat.messages.append({"role": "user", "content": text})
+        ids = chat.prompt()
+        chat.messages.pop()
+        expected = nld_cuda.generate(model, ids, mode, max_new_tokens=20, **extra)
+        chat.mode = mode
+        assert ask(chat, text, **extra) == expected.tokens[0]
+        assert expected.text is not None
+        assert [m["role"] for m in chat.messages] == ["user", "assistant"] * (turn + 1)
+        if turn:
+            assert chat.session.num_reused > 0.5 * len(ids) - 12
+    chat.reset()
+    assert chat.messages == []
+    assert len(ask(chat, "sum 3 10")) > 0
+    assert chat.session.num_reused > 0, "the same first words again"
+
+
+def test_thinking_budget() -> None:
+    """Thoughts are ended at the budget; the template is told whether to open one."""
+    model = nld_cuda.load("nld-tiny", device="cpu")
+    assert model.tokenizer is not None
+    end = model.tokenizer.token_id("</think>")
+    chat = Chat(model, thinking=True, max_thinking_tokens=3, max_new_tokens=12, eos_token_id=())
+    said = ask(chat, "sum 1 2")
+    assert said.index(end) <= 3
+    content = chat.messages[-1]["content"]
+    assert content.startswith("<think>\n") and "</think>" in content
+    thought, answer = content.split("</think>")
+    prompt = model.tokenizer.decode(chat.prompt(), skip_special_tokens=False)
+    assert thought not in prompt and answer.strip() in prompt, "ChatML drops old thoughts"
+    chat.thinking = False
+    assert end not in ask(chat, "sum 1 2"), "no budget, no thought"
+    assert not chat.messages[-1]["content"].startswith("<think>")
+
+
+def test_a_reader_that_stops() -> None:
+    """What was said joins the conversation; what was refused does not."""
+    model = nld_cuda.load("nld-tiny", device="cpu")
+    chat = Chat(model, mode="ar", max_new_tokens=40, eos_token_id=())
+    events = chat.ask("sum 4 5")
+    said: list[int] = []
+    for event in events:
+        said += event.final_tokens
+        if len(said) >= 5:
+            break
+    events.close()
+    assert model.tokenizer is not None
+    assert chat.messages[-1] == {
+        "role": "assistant",
+        "content": model.tokenizer.decode(said, skip_special_tokens=False),
+    }
+    before = list(chat.messages)
+    with pytest.raises(ValueError, match="max_new_tokens must be >= 0"):
+        chat.ask("more", max_new_tokens=-1)
+    assert chat.messages == before
+
+
+def test_chat_errors(tmp_path: Path) -> None:
+    model = nld_cuda.load("nld-tiny", device="cpu")
+    folder = copy_of_tiny(tmp_path)
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(
+        text.replace("<|im_start|>", "<|a|>").replace("</think>", "</b>")
+    )
+    plain = nld_cuda.load(folder, device="cpu")
+    with pytest.raises(ValueError, match="model must have a chat template"):
+        Chat(plain)
+    with pytest.raises(ValueError, match="max_thinking_tokens must be None, the tokenizer has no"):
+        Chat(plain, template="x", max_thinking_tokens=4)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="model must have a tokenizer"):
+        Chat(nld_cuda.load(folder, device="cpu"))
+    with pytest.raises(ValueError, match="must be a Jinja template"):
+        Chat(model, template="{% if %}")
+
+
+def nld_chat(*args: str, said: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nld_cuda", "chat", "--max-new-tokens", "48", *args]
+    done = subprocess.run(command, input=said, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """Turns in, answers out, one line each; settings change in between; notes on stderr."""
+    template = tmp_path / "plain.jinja"
+    template.write_text("{{ bos_token }}{{ messages[-1].content }}\n=>\n\n")  # Jinja drops one
+    problem = "add 1542+4162"
+    lines = [problem, "/stats on", "/mode diffusion", problem, "/mode ar", problem, "", "/help"]
+    said = "\n".join([*lines, "/quit", "not read"])
+    done = nld_chat("--template", str(template), said=said)
+    answer = nld_cuda.generate(
+        nld_cuda.load("nld-tiny", device="cpu"), f"{problem}\n=>\n", "ar", max_new_tokens=48
+    )
+    assert answer.text is not None and answer.text[0].endswith("=05704")
+    assert done.stdout == (answer.text[0] + "\n") * 3
+    assert "diffusion: " in done.stderr and "ar: " in done.stderr and "reused" in done.stderr
+    assert "linear-spec: " not in done.stderr, "figures were off during the first answer"
+    assert "/mode NAME" in done.stderr
+
+    done = nld_chat(
+        "--system", "S", said="/think 2\na\n/think on\n/system T\n/reset\n/mode x\n/nothing\nb\n"
+    )
+    assert "unknown command /mode x; /help lists them" in done.stderr
+    assert "unknown command /nothing; /help" in done.stderr
+    assert done.stdout.count("\n") >= 2
+
+
+def test_command_errors(tmp_path: Path) -> None:
+    done = nld_chat("--template", str(tmp_path / "none"), said="a\n", code=2)
+    assert "none" in done.stderr and done.stderr.startswith("nld: error: ")
+    done = nld_chat("--max-new-tokens", "4000", said="a\n", code=2)
+    assert "prompt and new tokens must fit in 1024 places" in done.stderr
