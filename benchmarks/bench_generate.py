@@ -19,8 +19,10 @@ from typing import Any
 import torch
 
 import nld_cuda
-from bench import RESULTS, command, environment, table
+from nld_cuda.bench.environment import environment, script_command
+from nld_cuda.bench.text import table
 
+RESULTS = Path(__file__).resolve().parent / "results"
 MODES: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},
     "linear_spec": {"mode": "linear_spec"},
@@ -136,7 +138,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     document = {
         "benchmark": "generate",
-        "command": command(),
+        "command": script_command(),
         "environment": environment(),
         "speed": speed,
         "steps": steps,

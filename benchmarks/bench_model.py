@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,11 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import bench
+from nld_cuda.bench.environment import environment, script_command
+from nld_cuda.bench.text import table
+from nld_cuda.bench.timing import Contender, CpuClock
 from nld_cuda.decode.kv_cache import KVCache
 from nld_cuda.model import ModelConfig, NLDModel, load_model
 from nld_cuda.model.transformer import Layer, rms_norm
 
+RESULTS = Path(__file__).resolve().parent / "results/model.json"
 CONTEXT = 200
 SHAPE = {  # of the model in the package
     "model_type": "nemotron_labs_diffusion", "vocab_size": 1024, "hidden_size": 160,
@@ -161,8 +164,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a checkpoint folder instead of random weights")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.threads == 1:
-        bench.time.perf_counter = time.thread_time  # type: ignore[attr-defined]
+    clock = CpuClock("cpu" if options.threads == 1 else "wall")
     dtype = getattr(torch, options.dtype)
     config = ModelConfig.from_dict(SHAPE)
     model = (
@@ -174,33 +176,40 @@ def main() -> None:
         head_dim=8, rope=dataclasses.replace(config.rope, rotary_dim=8),
     )  # fmt: skip
     shrunk = random_model(small, dtype)
-    report = bench.Report("model")
+    rows_made = []
     for rows in (1, 8, 16, 32):
         inputs = Inputs.random(model, rows)
         ours, plain = forward_call(model, inputs), torch_call(model, inputs)
         allowed = (1e-4 if dtype == torch.float32 else 0.1) * plain().norm()
         assert (ours() - plain()).norm() <= allowed, "both must compute the same"
-        timings = bench.interleave(
+        functions = {
+            "nld": ours,
+            "torch": plain,
+            "matmuls": matmul_call(model, rows),
+            "overhead": forward_call(shrunk, Inputs.random(shrunk, 1)),
+        }
+        contenders = {name: Contender([function]) for name, function in functions.items()}
+        measured = clock.measure(contenders, budget_s=4.0)
+        us = {name: m.eager.median_us for name, m in measured.items()}
+        rows_made.append(
             {
-                "nld": ours,
-                "torch": plain,
-                "matmuls": matmul_call(model, rows),
-                "overhead": forward_call(shrunk, Inputs.random(shrunk, 1)),
-            },
-            budget_s=4.0,
-        )
-        us = {name: timing.median_us for name, timing in timings.items()}
-        report.add(
-            f"{rows} rows",
-            timings,
-            "nld",
-            **{
+                "case": f"{rows} rows",
+                "us": us["nld"],
                 "us/layer": us["nld"] / config.num_layers,
+                "torch us": us["torch"],
+                "x torch": us["torch"] / us["nld"],
                 "% matmuls": 100 * us["matmuls"] / us["nld"],
                 "% overhead": 100 * us["overhead"] / us["nld"],
-            },
+                "timings": {name: dataclasses.asdict(m.eager) for name, m in measured.items()},
+            }
         )
-    report.finish()
+    print(table([{k: v for k, v in row.items() if k != "timings"} for row in rows_made]))
+    document = {
+        "benchmark": "model", "command": script_command(), "environment": environment(),
+        "rows": rows_made,
+    }  # fmt: skip
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"written: benchmarks/results/{RESULTS.name}")
 
 
 if __name__ == "__main__":

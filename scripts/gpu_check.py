@@ -8,7 +8,8 @@
 Needs Python >= 3.10, torch >= 2.11 with CUDA, pytest, and for the sections that compile nvcc, a C++
 compiler, cmake, ninja and pybind11; no internet, no git. A section that fails does not stop the
 others; the exit code is the number of sections that did not pass. Written to --out: report.json,
-report.md (one readable page), log.txt (all that the sections printed), bench.json.
+report.md (one readable page), log.txt (all that the sections printed), and of the benchmarks
+kernels.json and kernels.md.
 """
 
 from __future__ import annotations
@@ -289,13 +290,16 @@ def sanitizer(check: Check) -> Result:
 
 
 def bench(check: Check) -> Result:
-    """Every op against eager torch, SDPA and FlexAttention, beside the predicted times."""
-    path = check.out / "bench.json"
-    arguments = ["--out", str(path)] + (["--quick"] if check.options.quick else [])
-    code, output = check.python("benchmarks/bench_cuda.py", *arguments, limit_s=570)
+    """`nld bench kernels`: the headline cells against what is installed, beside predictions."""
+    left = min(570, max(check.deadline - time.monotonic(), 60))
+    command = [sys.executable, "-m", "nld_cuda", "bench", "kernels", "--device", "cuda"]
+    command += ["--out", str(check.out), "--limit-s", str(int(left - 45))]
+    command += ["--budget", "0.3"] if check.options.quick else []
+    code, output = check.run(command, left)
     details: dict[str, Any] = {}
-    if path.is_file():  # written after every case: a run that was stopped leaves what it had
-        details["tables"] = json.loads(path.read_text()).get("tables", "")
+    page = check.out / "kernels.md"
+    if page.is_file():  # written after every cell: a run that was stopped leaves what it had
+        details["tables"] = page.read_text()
     return Result("bench", code == 0, summary=last_lines(output), details=details)
 
 
@@ -339,7 +343,7 @@ def main() -> int:
     parser.add_argument("--library", type=Path, help="take this libnld_ops.so, compile nothing")
     parser.add_argument("--archs", help="narrow the build, for example 90a-real (faster)")
     parser.add_argument("--commit", help="name of the sources, where there is no git")
-    parser.add_argument("--quick", action="store_true", help="fewer cases in the benchmarks")
+    parser.add_argument("--quick", action="store_true", help="less time for a benchmark")
     parser.add_argument(
         "--limit-s", type=float, default=1e9, help="time for everything; the rest is stopped"
     )

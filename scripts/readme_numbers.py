@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.resolve()
-OPS = ("attention", "commit", "verify", "append")
+sys.path.insert(0, str(ROOT / "python"))
+
+from nld_cuda.bench.report import markdown  # noqa: E402
+from nld_cuda.bench.targets import rivals  # noqa: E402
+
 README = ROOT / "README.md"
 BEGIN, END = "<!-- numbers: scripts/readme_numbers.py writes this part -->", "<!-- end -->"
 
@@ -27,6 +31,8 @@ def source(document: dict[str, Any]) -> str:
     """Say where a table comes from: command, machine, torch."""
     env = document["environment"]
     where = f"{env['num_threads']} of {env['num_cpus']} CPU cores ({env['cpu_isa']})"
+    if env["device"] == "cuda":
+        where = f"{env['gpu']}, driver {env['driver, SM clock now, at most, power limit']}"
     return f"`{document['command']}`, {where}, torch {env['torch']}, {env['date'][:10]}"
 
 
@@ -49,57 +55,58 @@ def decoding() -> Iterator[str]:
     yield source(document)
 
 
-def ratios(document: dict[str, Any]) -> dict[str, list[float]]:
-    """Return baseline time / our time of every case, by baseline; CPU-time twins left out."""
-    found: dict[str, list[float]] = {}
-    for row in document["rows"]:
-        for key, value in row.items():
-            if key.startswith("x ") and key != "x cpu":
-                found.setdefault(key[2:], []).append(value)
-    return found
+def runs(prefix: str = "kernels_") -> Iterator[dict[str, Any]]:
+    """Yield the runs of `nld bench kernels` that are kept, those of CPUs first."""
+    names = sorted(p.stem for p in (ROOT / "benchmarks/results").glob(f"{prefix}*.json"))
+    yield from (load(name) for name in sorted(names, key=lambda n: not n.startswith("kernels_cpu")))
 
 
 def summary() -> Iterator[str]:
-    yield "**Ops**: the baseline's time / ours over all cases of a benchmark (above 1: we win)."
+    """Lay out, for every op and baseline, how much faster ours is."""
+    yield "**Ops**: the baseline's time / ours over all cells of a run (above 1: we win)."
     yield ""
-    yield "| op | baseline | cases | least | median | most |"
-    yield "|---|---|---|---|---|---|"
-    for name in OPS:
-        for baseline, values in ratios(load(name)).items():
-            low, mid, high = min(values), statistics.median(values), max(values)
-            yield f"| {name} | {baseline} | {len(values)} | {low:.2f} | {mid:.2f} | {high:.2f} |"
+    yield "| op | baseline | on | cells | least | median | most |"
+    yield "|---|---|---|---|---|---|---|"
+    for document in runs():
+        if document["timing"].get("clock") == "cpu":
+            continue  # one thread on a busy machine: in the details
+        found: dict[tuple[str, str], list[float]] = {}
+        for row in document["rows"]:
+            for name, record in rivals(row).items():
+                found.setdefault((row["op"], name), []).append(record["ratio"])
+        for (op, name), values in found.items():
+            least, middle, most = min(values), statistics.median(values), max(values)
+            yield (
+                f"| {op} | {name} | {place(document)} | {len(values)} | {least:.2f} "
+                f"| {middle:.2f} | {most:.2f} |"
+            )
     yield ""
-    yield "Every case, with commands: [docs/benchmarks.md](docs/benchmarks.md)."
+    yield "Every cell, with commands: [docs/benchmarks.md](docs/benchmarks.md)."
+
+
+def place(document: dict[str, Any]) -> str:
+    """Name the device in a word or two."""
+    env = document["environment"]
+    if env["device"] == "cuda":
+        return str(env["gpu"])
+    threads = env["num_threads"]
+    return f"{threads} CPU core{'s' if threads > 1 else ''}"
 
 
 def details() -> Iterator[str]:
-    yield "# Benchmarks of the ops"
+    """Lay out every run."""
+    yield "# Measured"
     yield ""
-    yield "Written by `python scripts/readme_numbers.py` from `benchmarks/results/`. Medians;"
-    yield "`x` is the baseline's time / ours in the same run. On a GPU: [gpu.md](gpu.md)."
-    for name in OPS:
-        document = load(name)
-        baselines = list(ratios(document))
+    yield "Written by `python scripts/readme_numbers.py` from `benchmarks/results/`; how it is"
+    yield "measured: [benchmarking.md](benchmarking.md). Medians; `x` is a baseline's time / ours"
+    yield "in the same run, `% copy` our share of the copy bandwidth by the bytes that must move."
+    for document in runs():
         yield ""
-        yield "| " + " | ".join([name, "time", *(f"x {b}" for b in baselines)]) + " |"
-        yield "|---" * (2 + len(baselines)) + "|"
-        for row in document["rows"]:
-            cells = [f"{row[f'x {b}']:.2f}" if f"x {b}" in row else "-" for b in baselines]
-            label = " ".join(str(row[k]) for k in ("case", "dtype") if k in row)
-            yield "| " + " | ".join([label, us(row["us"]), *cells]) + " |"
+        yield f"## {place(document)}: `{document['command']}`"
         yield ""
-        yield f"{source(document)}; measured copy bandwidth {document['copy_gbps']:.1f} GB/s"
-    for path in sorted((ROOT / "benchmarks/results").glob("cuda*.json")):
-        document = load(path.stem)
-        env = document["environment"]
+        yield markdown(document)
         yield ""
-        yield f"# On {env['gpu']}"
-        yield ""
-        yield document["tables"]
-        yield ""
-        where = f"{env['gpu']}, torch {env['torch']}, {env['date'][:10]}"
-        rate = f"measured copy bandwidth {document['copy_gbps']:.0f} GB/s"
-        yield f"`{document['command']}`, {where}; {rate}"
+        yield f"{source(document)}, commit {document['environment']['commit']}"
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def test_the_grid_is_the_one_asked_for() -> None:
     assert min(s[1] for s in shapes) == 1 and max(s[1] for s in shapes) == 64
     assert min(s[2] for s in shapes) == 512 and max(s[2] for s in shapes) == 32768
     assert len(shapes) == len(decode) == 5 * len(grid.BATCHES) * len(grid.CONTEXTS)
-    assert {len({r.mode for r in c.requests}) for c in grid.ATTENTION} == {1, 2, 4}
+    assert {len({r.mode for r in c.requests}) for c in grid.ATTENTION} == {1, 2, 3, 4}
     prefills = {c.max_seq_len for c in grid.ATTENTION if c.group == "prefill"}
     assert {1024, 2048, 4096, 8192, 16384} <= prefills
     assert {c.model for c in grid.COMPACT} == {"3B", "8B", "14B"}

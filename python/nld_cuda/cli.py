@@ -94,12 +94,36 @@ def build_parser() -> argparse.ArgumentParser:
     )
     chat.set_defaults(run=run_chat)
 
+    add_bench_command(commands)
+
     info = commands.add_parser(
         "info", help="show versions, instruction set, GPU architectures, devices"
     )
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=run_info)
     return parser
+
+
+def add_bench_command(commands: Any) -> None:
+    """Add `bench kernels`, whose options live beside the suite (it imports torch)."""
+    bench = commands.add_parser("bench", help="measure the ops against others and the hardware")
+    what = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
+    kernels = what.add_parser("kernels", help="every op over a grid of shapes", add_help=False)
+    kernels.set_defaults(run=run_bench_kernels)
+
+
+def run_bench_kernels(args: argparse.Namespace) -> int:
+    """Parse the suite's own options and run it."""
+    from nld_cuda.bench import runner
+
+    parser = argparse.ArgumentParser(
+        prog=runner.PROGRAM,
+        description=runner.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    runner.add_arguments(parser)
+    options = parser.parse_args(args.rest)
+    return runner.run(options, runner.command_text(args.rest))
 
 
 def add_prompt_argument(parser: argparse.ArgumentParser) -> None:
@@ -345,7 +369,11 @@ def fail(message: str, code: int) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
     try:
         sys.exit(args.run(args))
     except (ValueError, TypeError, NotImplementedError, OSError) as error:

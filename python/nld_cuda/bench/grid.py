@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nld_cuda.ops import CommitRule, MaskMode, VerifyMode
 
@@ -243,8 +244,35 @@ def _variants(cells: Sequence[Attention]) -> list[Attention]:
     return fp8 + pages
 
 
+def _float32() -> list[Attention]:
+    """What a CPU user also runs."""
+    single = [
+        Attention(
+            f"attention/q{rows}/b1/c{context}",
+            (Request(rows, context, MaskMode.CAUSAL if rows == 1 else MaskMode.FULL),),
+            "float32",
+        )
+        for rows in (32, 1)
+        for context in (1024, 2048, 4096, 8192)
+    ]
+    prompt = Request(1024, 1024, MaskMode.CAUSAL)
+    single.append(Attention("attention/prefill/causal/b1/c1024", (prompt,), "float32"))
+    single.append(Attention("attention/four/b4", _FOUR, "float32"))
+    return [
+        replace(c, name=c.name + "/float32", dtype="float32", kv_dtype="float32") for c in single
+    ]
+
+
+# every mask, in a batch that a CPU can run too
+_FOUR = (
+    Request(32, 512), Request(32, 3000, MaskMode.CAUSAL), Request(1, 2000, MaskMode.CAUSAL),
+    Request(272, 1272, MaskMode.QUADRATIC, 16),
+)  # fmt: skip
 _DECODE = _decode()
-ATTENTION = [*_DECODE, *_mixed(), *_quadratic(), *_prefill(), *_variants(_DECODE)]
+ATTENTION = [
+    *_DECODE, *_mixed(), Attention("attention/four/b4", _FOUR, "mixed"), *_quadratic(),
+    *_prefill(), *_variants(_DECODE), *_float32(),
+]  # fmt: skip
 
 
 # ---- commit_, verify_ ------------------------------------------------------------------------
@@ -286,6 +314,12 @@ COMMIT = [
     *(Commit(1, 32, masked=share) for share in (0.5, 0.25, 0.03125)),
     Commit(8, 32, masked=0.5),
     Commit(1, 32, vocab=2048),
+    # what a CPU user also runs
+    Commit(1, 1),
+    Commit(1, 256),
+    Commit(1, 32, "float32", CommitRule.ENTROPY),
+    Commit(1, 32, "float32", temperature=1.0),
+    Commit(1, 32, "float32", vocab=2048),
 ]
 
 
@@ -341,6 +375,14 @@ VERIFY = [
     Verify(_REJECTION, 1, 32, 31, draft_probs=True),
     Verify(_REJECTION, 1, 32, 6, "float32", draft_probs=True),
     *(Verify(_COMMIT, b, 32, 31) for b in (1, 8, 32)),
+    # what a CPU user also runs
+    *(
+        Verify(mode, batch, rows, accept, "float32", mode == _REJECTION)
+        for mode in (_GREEDY, _SAMPLED, _REJECTION)
+        for batch, rows, accept in ((1, 32, 31), (4, 8, 7), (1, 1, 0))
+    ),
+    Verify(_SAMPLED, 1, 32, 31),
+    Verify(_SAMPLED, 4, 16, 10, "float32", vocab=2048),
 ]
 
 
@@ -363,13 +405,16 @@ class Append:
     @property
     def name(self) -> str:
         kind = self.dtype if self.dtype == self.kv_dtype else f"{self.dtype}/{self.kv_dtype}"
-        return f"append/t{self.tokens}/{kind}"
+        heads = (self.heads, self.kv_heads, self.head_dim)
+        usual = heads == (MODEL.heads, MODEL.kv_heads, MODEL.head_dim)
+        return f"append/t{self.tokens}/{kind}" + ("" if usual else "/{}-{}-{}".format(*heads))
 
 
 APPEND = [
     *(Append(n, headline=n in (32, 1024)) for n in (1, 8, 32, 64, 256, 1024, 2048, 4096, 16384)),
     *(Append(n, "float32", "float32") for n in (32, 1024)),
     *(Append(n, kv_dtype="float8_e4m3fn") for n in (32, 1024)),
+    Append(64, "float32", "float32", heads=8, kv_heads=2, head_dim=32),  # of a tiny model
 ]
 
 
@@ -383,6 +428,11 @@ class Compact:
     total: int = 272
     dtype: str = "bfloat16"
     headline: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model; 2 of one that is none of the published."""
+        return MODELS[self.model].layers if self.model in MODELS else 2
 
     @property
     def moved(self) -> int:
@@ -405,3 +455,52 @@ assert len(BY_NAME) == len(CELLS), "two cells have one name"
 def op_of(cell: Cell) -> str:
     """attention, commit, verify, append or compact."""
     return type(cell).__name__.lower()
+
+
+def models_of(cell: Cell) -> list[str]:
+    """Names of the models that make such a call; none: a toy's."""
+    if isinstance(cell, Compact):
+        return [cell.model] if cell.model in MODELS else []
+    if isinstance(cell, Commit | Verify):
+        return [name for name, m in MODELS.items() if m.vocab == cell.vocab]
+    heads = (cell.heads, cell.kv_heads, cell.head_dim)
+    return [n for n, m in MODELS.items() if (m.heads, m.kv_heads, m.head_dim) == heads]
+
+
+def tiny() -> list[Cell]:
+    """Small cells that take every path of the suite: for tests and rehearsals."""
+    sizes: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 64}
+    f32 = {"dtype": "float32", "kv_dtype": "float32"}
+    causal, block, quadratic = MaskMode.CAUSAL, MaskMode.BLOCK_CAUSAL, MaskMode.QUADRATIC
+    every = (
+        Request(4, 20), Request(6, 19, causal), Request(1, 50, causal),
+        Request(6, 23, quadratic, 2), Request(8, 8, block, 4),
+    )  # fmt: skip
+    batches: list[tuple[str, tuple[Request, ...], str, dict[str, str]]] = [
+        ("q4/b2/c40", (Request(4, 40),) * 2, "decode", f32),
+        ("q1/b2/c33", (Request(1, 33, causal),) * 2, "decode", {}),
+        ("q5/b1/c37", (Request(5, 37, causal),), "decode", {}),
+        ("quadratic/k2/b1/c20", (Request(6, 26, quadratic, 2),), "quadratic", {}),
+        ("prefill/causal/b1/c24", (Request(24, 24, causal),), "prefill", {}),
+        ("prefill/block_causal/b1/c24", (Request(24, 24, block, 8),), "prefill", f32),
+        ("everything/b5", every, "mixed", f32),
+        ("lengths/q4/b2", (Request(4, 20), Request(4, 33)), "mixed", {}),
+        ("q4/b2/c40/fp8", (Request(4, 40),) * 2, "fp8", {"kv_dtype": "float8_e4m3fn"}),
+    ]
+    cells: list[Cell] = [
+        Attention(f"attention/{name}", requests, group, True, **sizes, **dtypes)  # type: ignore
+        for name, requests, group, dtypes in batches
+    ]
+    cells += [
+        Commit(1, 4, "float32", vocab=300),
+        Commit(2, 3, rule=CommitRule.ENTROPY, masked=0.5, vocab=301),
+        Commit(2, 4, "float32", CommitRule.QUOTA, vocab=300),
+        Commit(1, 4, "float32", temperature=1.0, vocab=300),
+        *(Verify(mode, 2, 4, 2, "float32", vocab=300) for mode in (_GREEDY, _SAMPLED, _REJECTION)),
+        Verify(_REJECTION, 2, 4, 2, draft_probs=True, vocab=301),
+        Verify(_COMMIT, 2, 4, 3, vocab=301),
+        Append(5, "float32", "float32", **sizes),
+        Append(3, kv_dtype="float8_e4m3fn", **sizes),
+        Compact("tiny", 2, 3, 12),
+    ]
+    return cells

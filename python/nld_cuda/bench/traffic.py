@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nld_cuda.bench import grid
+from nld_cuda.ops import VerifyMode
+
 TILE_ROWS = 128  # packed rows (query row x heads of a kv head) of a large attention tile
 
 
@@ -89,6 +92,39 @@ def compact(moved: int, layers: int, kv_heads: int, dim: int, element_size: int)
     """moved: entries that change their place, of K and of V."""
     num_bytes = 2 * 2 * moved * layers * kv_heads * dim * element_size
     return Work(num_bytes, num_bytes)
+
+
+def of(cell: grid.Cell) -> Work:
+    """Return what a call of the cell's op must move and compute.
+
+    Of verify_ the floor is the logits up to the row that ends the walk; kernels may read more.
+    """
+    if isinstance(cell, grid.Attention):
+        q_element, element = (grid.ELEMENT_BYTES[d] for d in (cell.dtype, cell.kv_dtype))
+        made = attention(
+            [(r.rows, r.seq_len) for r in cell.requests], cell.heads, cell.kv_heads,
+            cell.head_dim, element, cell.visible_pairs,
+        )  # fmt: skip
+        wider = 2 * cell.total_q * cell.heads * cell.head_dim * (q_element - element)
+        return Work(made.floor_bytes + wider, made.num_bytes + wider, made.flops, made.launches)
+    if isinstance(cell, grid.Commit):
+        return commit(cell.judged_rows, cell.vocab, grid.ELEMENT_BYTES[cell.dtype])
+    if isinstance(cell, grid.Verify):
+        element = grid.ELEMENT_BYTES[cell.dtype]
+        last = cell.mode == VerifyMode.COMMIT
+        needed = cell.batch * (1 if last else cell.accept + 1)
+        launches = 2 if cell.draft_probs else 1
+        floor = verify(needed, cell.vocab, element, cell.residual_rows, launches)
+        asked = verify(cell.rows_read, cell.vocab, element, cell.residual_rows, launches)
+        return Work(floor.floor_bytes, asked.num_bytes, launches=launches)
+    if isinstance(cell, grid.Append):
+        element, kv_element = (grid.ELEMENT_BYTES[d] for d in (cell.dtype, cell.kv_dtype))
+        made = rope_append(cell.tokens, cell.heads, cell.kv_heads, cell.head_dim, element)
+        less = 2 * cell.tokens * cell.kv_heads * cell.head_dim * (element - kv_element)
+        return Work(made.floor_bytes - less, made.num_bytes - less)
+    model = grid.MODELS.get(cell.model, grid.MODEL)
+    element = grid.ELEMENT_BYTES[cell.dtype]
+    return compact(cell.moved, cell.num_layers, model.kv_heads, model.head_dim, element)
 
 
 def predicted_us(work: Work, gpu: Gpu) -> float:
