@@ -45,6 +45,25 @@ def test_cache_hands_out_pages() -> None:
         make_cache(2, 0)
 
 
+def test_cache_grows() -> None:
+    """Pages in use keep their numbers and entries; the lowest free ones still go first."""
+    cache = make_cache(3, 4)
+    held = cache.allocate(1, 8)
+    cache.k.copy_(torch.rand(cache.k.shape))
+    cache.v.copy_(torch.rand(cache.v.shape))
+    k, v = cache.k.clone(), cache.v.clone()
+    cache.grow(7)
+    assert cache.num_pages == 7 and cache.num_free_pages == 5 and held.tolist() == [[0, 1]]
+    assert_equal(cache.k[:, :3], k, "k")
+    assert_equal(cache.v[:, :3], v, "v")
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(cache.k, cache.k_layers, strict=True))
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(cache.v, cache.v_layers, strict=True))
+    assert cache.allocate(1, 12).tolist() == [[2, 3, 4]]
+    for num_pages in (6, 2**30):
+        with pytest.raises(ValueError, match=r"num_pages must lie in \[7, 2\^31"):
+            cache.grow(num_pages)
+
+
 def test_slots() -> None:
     cache = make_cache(8, 3)
     table = torch.tensor([[7, 2, -1], [4, 0, 5]], dtype=torch.int32)

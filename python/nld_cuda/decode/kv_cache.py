@@ -47,6 +47,27 @@ class KVCache:
         self.page_size = page_size
         self._free = list(range(num_pages - 1, -1, -1))
 
+    def grow(self, num_pages: int) -> None:
+        """Move to larger memory: pages keep their numbers and entries, new ones are free.
+
+        `k`, `v` and their layers are new tensors afterwards.
+
+        Raises:
+            ValueError: num_pages is less than there are, or too many to number.
+        """
+        held = self.num_pages
+        if num_pages < held or num_pages * self.page_size >= 2**31:
+            raise ValueError(
+                f"KVCache.grow: num_pages must lie in [{held}, 2^31 / page_size), got {num_pages}"
+            )
+        for name in ("k", "v"):
+            old: Tensor = getattr(self, name)
+            new = old.new_empty((old.shape[0], num_pages, *old.shape[2:]))
+            new[:, :held] = old
+            setattr(self, name, new)
+            setattr(self, f"{name}_layers", new.unbind(0))
+        self._free = [*range(num_pages - 1, held - 1, -1), *self._free]
+
     @property
     def num_pages(self) -> int:
         """Pages in all, free or not."""

@@ -80,15 +80,14 @@ class Session:
 
     def _reserve(self, capacity: int) -> tuple[KVCache, Tensor]:
         """A cache for `capacity` tokens that holds what was cached."""
-        old, size = self._cache, self.page_size
-        if old is None or self._page_table is None or old.num_pages * size < capacity:
-            model, held = self.model, 0 if old is None else old.num_pages
-            pages = max(KVCache.pages_for(capacity, size), 2 * held)
-            cache = KVCache(model.config, pages, size, model.device, model.dtype)
-            self._page_table = cache.allocate(1, pages * size)  # the lowest pages first, in order
-            if old is not None:
-                cache.k[:, :held] = old.k
-                cache.v[:, :held] = old.v
-            self._cache = cache
-            return cache, self._page_table
-        return old, self._page_table
+        size, model = self.page_size, self.model
+        if self._cache is None or self._page_table is None:
+            pages = KVCache.pages_for(capacity, size)
+            self._cache = KVCache(model.config, pages, size, model.device, model.dtype)
+            self._page_table = self._cache.allocate(1, pages * size)
+        held = self._cache.num_pages
+        if held * size < capacity:
+            self._cache.grow(max(KVCache.pages_for(capacity, size), 2 * held))
+            more = self._cache.allocate(1, (self._cache.num_pages - held) * size)
+            self._page_table = torch.cat([self._page_table, more], dim=1)
+        return self._cache, self._page_table
