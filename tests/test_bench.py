@@ -467,3 +467,12 @@ def test_scripts_are_the_command_with_an_op(
     assert {line.split("/")[0] for line in lines} == {op} | (
         {"compact"} if op == "append" else set()
     )
+
+
+def test_the_wheel_has_every_package() -> None:
+    root = Path(__file__).parents[1]
+    listed = re.search(r"^packages = \[(.*?)\]", (root / "pyproject.toml").read_text(), re.M | re.S)
+    assert listed
+    names = set(re.findall(r'"([\w.]+)"', listed[1]))
+    folders = {p.parent for p in (root / "python/nld_cuda").rglob("*.py")}
+    assert {".".join(f.relative_to(root / "python").parts) for f in folders} <= names
