@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from compare import assert_equal
 from nld_cuda.model import ModelConfig, NLDModel, load_model
 from nld_cuda.model.checkpoint import TABLE, _count, _plan, resolve_device
 from tiny_model import config_fields, random_lora, random_weights, write_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def assert_holds(model: NLDModel, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -294,3 +299,15 @@ def test_adapter_tensors_and_rslora(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"must hold adapter_model.safetensors"):
         load_model(folder)
+
+
+def test_loading_takes_the_memory_of_the_weights(tmp_path: Path) -> None:
+    """The benchmark itself, on one layer of the 3B model: no second copy, no whole file at once."""
+    out = tmp_path / "load.json"
+    command = [sys.executable, str(ROOT / "benchmarks/bench_load.py"), "--model", "3B"]
+    command += ["--layers", "1", "--vocab", "2000", "--dir", str(tmp_path / "model")]
+    command += ["--dtype", "float32", "--out", str(out)]  # converted on the way: the harder case
+    subprocess.run(command, check=True, capture_output=True)
+    record = json.loads(out.read_text())
+    assert record["weight_bytes"] > 400 * 2**20 and record["dtype"] == "float32"
+    assert 0.99 <= record["peak_over_weights"] <= 1.1
