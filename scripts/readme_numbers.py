@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.resolve()
-sys.path.insert(0, str(ROOT / "python"))
+sys.path[:0] = [str(ROOT / "python"), str(ROOT / "benchmarks")]
 
+from bench_build import readable as build_tables  # noqa: E402
 from nld_cuda.bench.report import markdown  # noqa: E402
 from nld_cuda.bench.targets import rivals  # noqa: E402
 
@@ -107,6 +108,15 @@ def details() -> Iterator[str]:
         yield markdown(document)
         yield ""
         yield f"{source(document)}, commit {document['environment']['commit']}"
+    if (ROOT / "benchmarks/results/build.json").is_file():
+        document = load("build")
+        env = document["environment"]
+        yield ""
+        yield f"## Building: `{document['command']}`"
+        yield ""
+        yield build_tables(document)
+        yield ""
+        yield f"{env['cpu']}, {env['num_cpus']} cores, {env['date'][:10]}, commit {env['commit']}"
 
 
 def main() -> None:

@@ -39,21 +39,23 @@ def roofline_points(document: Document) -> dict[str, list[tuple[float, float]]]:
     return points
 
 
-def latency_lines(document: Document, rows: int) -> dict[str, list[tuple[int, float]]]:
-    """Return (context, us) of the uniform blocks of so many rows, by contender and batch."""
-    lines: dict[str, list[tuple[int, float]]] = {}
+def latency_lines(document: Document, rows: int) -> dict[int, dict[str, list[tuple[int, float]]]]:
+    """Return (context, us) of the uniform blocks of so many rows, by batch and contender."""
+    panels: dict[int, dict[str, list[tuple[int, float]]]] = {}
     for row in document["rows"]:
         if row["status"] != "measured" or row.get("group") != "decode" or row.get("rows") != rows:
             continue
-        batch, context = row["batch"], row["context"]
-        lines.setdefault(f"nld, batch {batch}", []).append((context, row["us"]))
+        lines, context = panels.setdefault(row["batch"], {}), row["context"]
+        lines.setdefault("nld", []).append((context, row["us"]))
         if "predicted_us" in row:
-            at = (context, row["predicted_us"])
-            lines.setdefault(f"predicted, batch {batch}", []).append(at)
+            lines.setdefault("predicted", []).append((context, row["predicted_us"]))
         for name, b in row["baselines"].items():
             if b["status"] == "measured":
-                lines.setdefault(f"{name}, batch {batch}", []).append((context, b["us"]))
-    return {name: sorted(points) for name, points in lines.items()}
+                lines.setdefault(name, []).append((context, b["us"]))
+    return {
+        batch: {name: sorted(points) for name, points in lines.items()}
+        for batch, lines in sorted(panels.items())
+    }
 
 
 def draw(document: Document, folder: Path) -> list[Path]:
@@ -91,16 +93,29 @@ def _roofline(
     return _save(plt, figure, path)
 
 
-def _latency(plt: Any, document: Document, rows: int, lines: Mapping[str, Any], path: Path) -> Path:
-    figure, axes = plt.subplots(figsize=(8, 5.5))
-    for name, points in lines.items():
-        is_ours, is_guess = name.startswith("nld,"), name.startswith("predicted")
-        style = "o-" if is_ours else ":" if is_guess else ".--"
-        axes.plot(*zip(*points, strict=True), style, label=name, linewidth=2 if is_ours else 1)
-    axes.set(xscale="log", yscale="log", xlabel="keys", ylabel="us")
+def _latency(
+    plt: Any, document: Document, rows: int, panels: Mapping[int, Any], path: Path
+) -> Path:
+    """A panel for every batch, a line for every contender, in the same colours."""
+    columns = min(len(panels), 4)
+    lines_of_panels = -(-len(panels) // columns)
+    figure = plt.figure(figsize=(1 + 4 * columns, 0.5 + 3.5 * lines_of_panels))
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    for index, (batch, lines) in enumerate(panels.items()):
+        axes = figure.add_subplot(lines_of_panels, columns, index + 1)
+        for name, points in lines.items():
+            style = {"nld": "o-", "predicted": ":"}.get(name, ".--")
+            width = 2 if name == "nld" else 1
+            colour = f"C{names.index(name) % 10}"
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, style, label=name, linewidth=width, color=colour)
+        contexts = sorted({x for points in lines.values() for x, _ in points})
+        axes.set(xscale="log", yscale="log", xlabel="keys", ylabel="us", title=f"batch {batch}")
+        axes.set_xticks(contexts, [f"{x // 1024}k" if x >= 1024 else str(x) for x in contexts])
+        axes.set_xticks([], [], minor=True)
+        axes.legend(fontsize=6)
     unit = "row" if rows == 1 else "rows"
-    axes.set_title(f"{rows} {unit} a request on {device_name(document)}", fontsize=10)
-    axes.legend(fontsize=6, ncols=2)
+    figure.suptitle(f"{rows} {unit} a request on {device_name(document)}", fontsize=10)
     return _save(plt, figure, path)
 
 
