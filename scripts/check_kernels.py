@@ -177,6 +177,8 @@ def problems_of(code: Code, name: str, rules: Sequence[Rule] = RULES) -> Iterato
         yield f"{name}: must match one rule of kernel_rules.py, got {len(matching)}"
         return
     rule = matching[0]
+    if rule.only not in (None, code.arch):
+        return
     for pattern, least in rule.instructions.items():
         if (found := count(code.opcodes, pattern)) < least:
             yield f"{where}: must have at least {least} of {pattern}, got {found}"

@@ -47,6 +47,8 @@ class Rule:
         min_ctas: CTAs that must fit one multiprocessor, by architecture; "all": the others.
         instructions: least number of instructions, by regular expression of the opcode.
         forbidden: opcodes that must not appear.
+        only: the one architecture whose instructions the kernel is made of; elsewhere it is an
+            empty shell that is never launched.
         dynamic_smem: bytes of dynamic shared memory of a launch, or a function of the short name.
     """
 
@@ -54,6 +56,7 @@ class Rule:
     min_ctas: Mapping[str, int]
     instructions: Mapping[str, int] = field(default_factory=dict)
     forbidden: Sequence[str] = ()
+    only: str | None = None
     dynamic_smem: int | Callable[[str], int] = 0
 
     def smem_bytes(self, name: str) -> int:
@@ -95,6 +98,15 @@ def attention_mma_smem(name: str) -> int:
     """Bytes of the ring of K and V tiles (attention/tile_loader.cuh)."""
     head_dim, tile_rows = map(int, arguments(name)[1:])
     return 6 * 64 * head_dim * 2 if tile_rows == 128 else 48 * KIB
+
+
+def attention_wgmma_smem(name: str) -> int:
+    """Bytes of the ring, of q, and of two barriers a slot (attention/ring_sm90.cuh)."""
+    head_dim, tile_rows = map(int, arguments(name)[1:])
+    columns = 1 if head_dim <= 64 else 2
+    slots = (6 if tile_rows == 128 else 3) * (2 if columns == 1 else 1)
+    smem = columns * (slots * 128 * 128 + tile_rows * 128) + slots * 16
+    return -(-smem // KIB) * KIB
 
 
 COMMIT_SMEM = 5 * KIB  # figures of 256 rows and of 8 warps
@@ -178,6 +190,35 @@ RULES: list[Rule] = [
         min_ctas={"all": 2},
         instructions={"LDSM": 2 * 4, "HMMA": 4 * 4, CP_ASYNC_16: 8},
         dynamic_smem=attention_mma_smem,
+    ),
+    # ---- attention on Hopper's: registers are those of the launch; setmaxnreg shares them out.
+    # HGMMA of one tile of 128 keys before the loop, one inside and the last product with V; TMA of
+    # K and V; 16-byte copies of single rows.
+    Rule(
+        r"attention_wgmma_kernel<\w+, \d+, 128>",
+        min_ctas={"all": 1},
+        instructions={
+            r"HGMMA\.64x128x16": 2 * 4,
+            r"HGMMA\.64x\d+x16": 2 * 4 + 2 * 8,
+            r"UTMALDG\.4D": 1,
+            CP_ASYNC_16: 8,
+            "USETMAXREG": 2,
+        },
+        dynamic_smem=attention_wgmma_smem,
+        only="sm_90a",
+    ),
+    Rule(
+        r"attention_wgmma_kernel<\w+, \d+, 64>",
+        min_ctas={"all": 2},
+        instructions={
+            r"HGMMA\.64x128x16": 2 * 4,
+            r"HGMMA\.64x\d+x16": 2 * 4 + 2 * 8,
+            r"UTMALDG\.4D": 1,
+            CP_ASYNC_16: 8,
+            "USETMAXREG": 2,
+        },
+        dynamic_smem=attention_wgmma_smem,
+        only="sm_90a",
     ),
     # ---- attention around them. Combine is latency-bound: 8 partial rows a warp on their way. The
     # general kernel holds 16 + 32 rows of float32 in shared memory, of at most 64, 128, 512 dims.

@@ -45,7 +45,10 @@ class How:
 
 NUMBERS = How("numbers", "plain", AssertionError, "")
 RACE = How(
-    "race", "checked", RuntimeError, r"(race: |never written|still in flight)(.|\n)*\.cuh:\d+"
+    "race",
+    "checked",
+    RuntimeError,
+    r"(race: |never written|still in flight|without fence)(.|\n)*\.cuh:\d+",
 )
 DEADLOCK = How("deadlock", "plain", RuntimeError, "deadlock|divergent")
 CHECK = How("check", "plain", RuntimeError, "must hold: ")
@@ -94,6 +97,12 @@ def attention_in_warps(b: Backend) -> None:
     """Tiles of 16 rows: warps share the keys, and wait for none but themselves until the end."""
     requests = (Request(3, 403, CAUSAL), Request(2, 131, FULL))
     test_attention_mma.run(AttentionCase("x", requests, dim=128), BF16, b)
+
+
+def attention_of_hopper(b: Backend) -> None:
+    """Whole tiles by the copy engine, last ones gathered; several items per CTA."""
+    requests = (Request(20, 330, CAUSAL), Request(70, 131, FULL))
+    test_attention_mma.run(AttentionCase("x", requests, kv_heads=4, dim=128), BF16, b)
 
 
 def attention_in_splits(b: Backend) -> None:
@@ -176,6 +185,14 @@ BUGS = [
     Bug("attention_swapped_fragment", attention, NUMBERS),
     Bug("attention_wrong_page", attention, NUMBERS),
     Bug("attention_wrong_scale", attention_fp8, NUMBERS),
+    Bug("attention_sm90_wrong_phase", attention_of_hopper, RACE, 90),
+    Bug("attention_sm90_early_release", attention_of_hopper, RACE, 90),
+    Bug("attention_sm90_missing_barrier", attention_of_hopper, RACE, 90),
+    Bug("attention_sm90_no_proxy_fence", attention_of_hopper, RACE, 90),
+    Bug("attention_sm90_dirty_tail", attention_of_hopper, NUMBERS, 90),
+    Bug("attention_sm90_lost_tail", attention_of_hopper, NUMBERS, 90),
+    Bug("attention_sm90_wrong_page", attention_of_hopper, NUMBERS, 90),
+    Bug("attention_mask_edge", attention_of_hopper, NUMBERS, 90),
     Bug("simt_no_barrier", attention_in_splits, RACE),
     Bug("simt_lost_tail", attention_in_splits, NUMBERS),
     Bug("simt_mask_edge", attention_in_splits, NUMBERS),

@@ -61,6 +61,9 @@ AttentionLauncher launch_attention_simt, launch_attention_combine;
 // bytes, as in every tensor torch allocates. Anything else is the other kernel's.
 AttentionLauncher launch_attention_mma;
 bool attention_mma_takes(const AttentionParams&);
+// The same by Hopper's instructions, for tiles of 64 and 128 rows, where the current device and this build have them.
+AttentionLauncher launch_attention_wgmma;
+bool attention_wgmma_takes(const AttentionParams&, int32_t tile_rows);
 const char* launch_attention_plan(const AttentionPlanParams&, void* stream);
 constexpr int64_t kMaxSimtDim = 512;
 int32_t device_sms();            // of the current device

@@ -39,8 +39,7 @@ bool attention_mma_takes(const AttentionParams& p) {
          is_aligned(p.q, {p.q_token_stride, p.q_head_stride});
 }
 
-LaunchError launch_attention_mma(const AttentionCudaParams& op, void* stream) {
-  if (!attention_mma_takes(op)) return "the tensor-core kernel does not take this dtype, head_dim or alignment";
+MmaParams mma_params(const AttentionCudaParams& op) {
   constexpr float kLog2E = 1.44269504088896341f;
   MmaParams p = {op, fast_div(op.page_size), fast_div(op.num_heads / op.num_kv_heads)};
   p.k_page_chunks = static_cast<uint32_t>(op.k.page_stride / 8);
@@ -54,7 +53,12 @@ LaunchError launch_attention_mma(const AttentionCudaParams& op, void* stream) {
   p.scale_log2 = op.softcap > 0.0f ? 1.0f : scale * kLog2E;
   p.cap_log2 = op.softcap * kLog2E;
   p.cap_slope = op.softcap > 0.0f ? 2.0f * kLog2E * scale / op.softcap : 0.0f;
-  return mma_launcher(op.dtype, op.head_dim)(p, stream);
+  return p;
+}
+
+LaunchError launch_attention_mma(const AttentionCudaParams& op, void* stream) {
+  if (!attention_mma_takes(op)) return "the tensor-core kernel does not take this dtype, head_dim or alignment";
+  return mma_launcher(op.dtype, op.head_dim)(mma_params(op), stream);
 }
 
 }  // namespace nld

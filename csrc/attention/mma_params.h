@@ -1,4 +1,4 @@
-// What the mma.sync kernels need beside the op's arguments: derived once per launch on the host. Knows no torch.
+// What the tensor-core kernels need beside the op's arguments: derived once per launch on the host. Knows no torch.
 #pragma once
 
 #include "attention/attention.h"
@@ -16,6 +16,8 @@ struct MmaParams {
   float scale_log2;           // > 0: score * scale_log2 is in units of log2
   float cap_log2, cap_slope;  // softcap: cap_log2 * tanh(score * ...), cap_slope = 2 * log2(e) * scale / cap
 };
+
+MmaParams mma_params(const AttentionCudaParams&);
 
 // Instances: launch_sm80_<dtype>_<head_dim>.cu.
 template <class T, int kHeadDim>

@@ -369,8 +369,9 @@ void block_attention_out_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor pa
 #if NLD_CUDA
 // ---- CUDA ----
 
-// The CUDA kernel for these arguments.
-AttentionLauncher* pick_attention_kernel(const AttentionParams& p) {
+// The CUDA kernel for these arguments on the current device.
+AttentionLauncher* pick_attention_kernel(const AttentionParams& p, int32_t tile_rows) {
+  if (attention_wgmma_takes(p, tile_rows)) return launch_attention_wgmma;
   if (attention_mma_takes(p)) return launch_attention_mma;
   if (p.head_dim <= kMaxSimtDim) return launch_attention_simt;
   fail(kOp, ": q must have a head_dim of at most ", kMaxSimtDim, " on CUDA, got ", p.head_dim,
@@ -393,7 +394,6 @@ void block_attention_out_cuda(Tensor q, Tensor k_cache, Tensor v_cache, Tensor p
   const AttentionParams base =
       attention_params(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode, block_len, block_phase,
                        softmax_scale, softcap, split_len, k_scale, v_scale, out, lse);
-  AttentionLauncher* const attend = pick_attention_kernel(base);
   const CudaScope scope(q);
   AttentionCudaParams p = {base, {}, nullptr, nullptr, nullptr, nullptr, device_sms()};
   if (plan) {
@@ -402,8 +402,9 @@ void block_attention_out_cuda(Tensor q, Tensor k_cache, Tensor v_cache, Tensor p
     p.plan_shape = new_plan_shape(kOp, base.total_q, base.batch, base.num_heads, base.num_kv_heads,
                                   base.max_pages * base.page_size, base.split_len, p.num_sms);
   }
-  if (base.total_q == 0 || base.num_heads == 0) return;
   const PlanShape& shape = p.plan_shape;
+  AttentionLauncher* const attend = pick_attention_kernel(base, shape.tile_rows);
+  if (base.total_q == 0 || base.num_heads == 0) return;
   std::optional<Tensor> own_plan, workspace;  // live until the launches are queued; the allocator knows the stream
   if (!plan && shape.max_tiles > 0) {
     own_plan = torch::stable::new_empty(q, {attention_plan_len(shape.max_tiles, shape.max_items)}, ScalarType::Int);

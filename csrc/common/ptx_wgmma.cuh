@@ -77,6 +77,16 @@ PTX_FN void wgmma_use(float (&d)[kSize]) {
   static_cast<void>(d);
 #endif
 }
+// The same for registers of A, which must not change before the wait.
+template <int kSize>
+PTX_FN void wgmma_use(uint32_t (&a)[kSize]) {
+#if NLD_ON_DEVICE
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+r"(a[i])::"memory");
+#else
+  static_cast<void>(a);
+#endif
+}
 
 #if NLD_ON_DEVICE
 #define NLD_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])

@@ -1,0 +1,306 @@
+// block_attention on Hopper's tensor cores: wgmma fed by the copy engine, for tiles of 64 and 128 packed rows.
+//
+// A CTA has a producer warpgroup and one consumer warpgroup per 64 rows. It works through items of the plan, one kv
+// head at a time, as kernel_sm80.cuh does: the same plan, masks, partials and results; the grid is as many CTAs as the
+// GPU holds, CTA c takes the pairs (item, kv head) c, c + grid, ...
+//
+// Traffic: K and V of every tile of 128 keys that some row sees, 2 * 128 * head_dim * 2 bytes, once per row tile; q and
+// out once; split items write (head_dim + 2) * 4 bytes a row instead.
+//
+// Why so. 128 rows do 128 multiplications per element of K and V; to keep up with 3 to 4.3 TB/s that is 384 to 550
+// TFLOP/s, more than mma.sync reaches. The producer runs ahead through a ring of slots, over the ends of items too, so
+// copies never wait for the softmax. Within a warpgroup the scores of tile i + 1 and the product with V of tile i run
+// on the tensor cores while the softmax of i + 1 waits for the former only. Tiles of 16 rows stay with kernel_sm80: a
+// wgmma has 64 rows, of which they would use a quarter.
+#pragma once
+
+#include "attention/item_view.cuh"
+#include "attention/tile_loader_sm90.cuh"
+#include "attention/tile_math_sm90.cuh"
+
+namespace nld {
+
+// Calls work(index, item, kv_head) for the CTA's share of the plan.
+template <class Work>
+__device__ __forceinline__ void for_each_item(const MmaParams& p, const Work& work) {
+  const Plan plan = plan_view(p.op.plan, p.op.plan_shape.max_tiles);
+  const int num_kv_heads = static_cast<int>(p.op.num_kv_heads);
+  for (int at = blockIdx.x;;) {
+    const int index = at / num_kv_heads, kv_head = at % num_kv_heads;
+    // Read before it is known to exist, so that the two reads overlap.
+    const PlanItem item = plan.items[min(index, p.op.plan_shape.max_items - 1)];
+    if (index >= plan.header->num_items) break;
+    work(index, item, kv_head);
+    at = index * num_kv_heads + kv_head + gridDim.x;
+  }
+}
+
+// Tiles of an item begin below this key; the producer and the consumers must agree.
+__device__ __forceinline__ int32_t tiles_end(int32_t key_end) {
+  return NLD_BUG(attention_sm90_lost_tail) ? key_end - kHopperKeys + 1 : key_end;
+}
+
+// Steps of an item, of which each fills a slot: K0, K1, V0, K2, V1, ..., in the order in which consumers need them.
+template <class Shape>
+class ItemProducer : private ItemView {
+ public:
+  __device__ __forceinline__ ItemProducer(const MmaParams& p, int item_index, const PlanItem& item, int kv_head)
+      : ItemView(p, item_index, item, kv_head) {}
+
+  __device__ __forceinline__ void run(int32_t key_begin, HopperLoader<Shape>& loader) {
+    NLD_DEVICE_CHECK(tile().key_end <= p_.op.max_pages * p_.op.page_size, "seq_lens fit the page table");
+    loader.begin_item(p_.op.page_table + tile().request * p_.op.page_table_stride, kv_head_, key_end_);
+    // The first page numbers are asked for before the mask is known: all modes but one begin there.
+    loader.look_up(key_begin);
+    read_mask();
+    int32_t key = next_visible<kHopperKeys>(key_begin), v_key = key_end_;
+    if (key != key_begin) loader.look_up(key);
+    while (key < tiles_end(key_end_)) {
+      loader.advance();
+      const int32_t next = next_visible<kHopperKeys>(key + kHopperKeys);
+      loader.look_up(next);
+      loader.load(false, key);
+      if (v_key < key_end_) loader.load(true, v_key);
+      v_key = key;
+      key = next;
+    }
+    loader.advance_v();
+    if (v_key < key_end_) loader.load(true, v_key);
+  }
+};
+
+// One warpgroup's 64 rows of an item.
+template <class T, class Shape>
+class ItemConsumer : private ItemView {
+ public:
+  __device__ __forceinline__ ItemConsumer(const MmaParams& p, typename Shape::Smem* sm, int item_index,
+                                          const PlanItem& item, int kv_head)
+      : ItemView(p, item_index, item, kv_head),
+        sm_(sm),
+        lane_(threadIdx.x % kWarpSize),
+        warpgroup_(threadIdx.x / 128 - 1),
+        warp_row_(threadIdx.x % 128 / kWarpSize * 16) {}
+
+  __device__ __forceinline__ void run(int32_t key_begin, RingPlace<Shape::kSlots>& place) {
+    load_q();
+    read_mask();
+    WarpgroupRows<T, Shape> rows;
+    const int32_t first_key = next_visible<kHopperKeys>(key_begin);
+    if (first_key < tiles_end(key_end_)) {
+      work(first_key, place, rows);
+    } else {
+#pragma unroll
+      for (int i = 0; i < Shape::kHeadDim / 2; ++i) rows.out[i] = 0.0f;
+    }
+    rows.finish_sum();
+    warpgroup_sync();  // q has been read: out takes its place
+    if (tile().num_splits > 1) {
+      store_partial(rows);
+    } else {
+      store(rows);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void warpgroup_sync() const {
+    if (!NLD_BUG(attention_sm90_missing_barrier)) ptx::barrier_sync(1 + warpgroup_, 128);
+  }
+  __device__ __forceinline__ int tile_row(int row) const { return warpgroup_ * 64 + row; }
+
+  // Each warp brings its 16 rows, through registers: signs may flip on the way. Rows past the end of the tile are zero.
+  __device__ __forceinline__ void load_q() const {
+    const int chunk = lane_ % 8;
+    uint4 part[4][Shape::kColumns];
+#pragma unroll
+    for (int pass = 0; pass < 4; ++pass) {
+      const int row = tile_row(warp_row_ + pass * 4 + lane_ / 8);
+      const uint4* source = nullptr;
+      if (row < tile().num_rows) {
+        const RowPlace at = place(row);
+        source = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p_.op.q) +
+                                                at.token * p_.op.q_token_stride + at.head * p_.op.q_head_stride) +
+                 chunk;
+      }
+#pragma unroll
+      for (int column = 0; column < Shape::kColumns; ++column) {
+        part[pass][column] = make_uint4(0, 0, 0, 0);
+        if (source != nullptr && column * 8 + chunk < Shape::kHeadDim / 8) part[pass][column] = source[column * 8];
+      }
+    }
+#pragma unroll
+    for (int pass = 0; pass < 4; ++pass) {
+#pragma unroll
+      for (int column = 0; column < Shape::kColumns; ++column) {
+        uint4& x = part[pass][column];
+        x = make_uint4(x.x ^ p_.q_signs, x.y ^ p_.q_signs, x.z ^ p_.q_signs, x.w ^ p_.q_signs);
+        sm_->q[warpgroup_][column][Shape::at(warp_row_ + pass * 4 + lane_ / 8, chunk)] = x;
+      }
+    }
+    ptx::fence_proxy_async();
+    warpgroup_sync();
+  }
+
+  __device__ __forceinline__ const uint4* wait_for(const RingPlace<Shape::kSlots>& at) const {
+    ptx::mbar_wait(&sm_->full[at.slot], NLD_BUG(attention_sm90_wrong_phase) ? at.parity ^ 1 : at.parity);
+    return sm_->slots[at.slot][0];
+  }
+  __device__ __forceinline__ void release(const RingPlace<Shape::kSlots>& at) const {
+    __syncwarp();
+    if (lane_ == 0) ptx::mbar_arrive(&sm_->empty[at.slot]);
+  }
+
+  __device__ __forceinline__ void work(int32_t key, RingPlace<Shape::kSlots>& place, WarpgroupRows<T, Shape>& rows) {
+    // What the warp's rows see, each told by the lane that stands for it. Ends grow with the row.
+    const int32_t dense_end =
+        row_view(request_mask(p_.op, tile().request), q_row(tile_row(warp_row_ + lane_ % 16))).dense_end;
+    const int32_t unmasked_end = min(key_end_, __shfl_sync(kFullMask, dense_end, 0));
+    const auto scores_to_probabilities = [&](float (&shrink)[2]) {
+      if (p_.op.softcap > 0.0f) {
+#pragma unroll
+        for (int i = 0; i < rows.kScores; ++i) rows.s[i] = cap_score(rows.s[i]);
+      }
+      if (key + kHopperKeys > unmasked_end) hide_keys(rows.s, dense_end, key);
+      rows.softmax(p_.scale_log2, shrink);
+    };
+    const uint4* const q = sm_->q[warpgroup_][0];
+    float shrink[2];
+
+    rows.start_scores(q, wait_for(place));
+    ptx::wgmma_wait<0>();
+    rows.take_scores();
+    release(place);
+    place.advance();
+    scores_to_probabilities(shrink);
+    rows.round_probabilities();
+
+    bool has_out = false;
+#pragma unroll 1
+    for (key = next_visible<kHopperKeys>(key + kHopperKeys); key < tiles_end(key_end_);
+         key = next_visible<kHopperKeys>(key + kHopperKeys)) {
+      const RingPlace<Shape::kSlots> k_place = place;
+      rows.start_scores(q, wait_for(k_place));
+      place.advance();
+      rows.start_out(wait_for(place), has_out);
+      if (NLD_BUG(attention_sm90_early_release)) release(k_place);
+      ptx::wgmma_wait<1>();
+      rows.take_scores();
+      if (!NLD_BUG(attention_sm90_early_release)) release(k_place);
+      scores_to_probabilities(shrink);
+      ptx::wgmma_wait<0>();
+      rows.take_out();
+      release(place);
+      place.advance();
+      rows.shrink_out(shrink);
+      rows.round_probabilities();
+      has_out = true;
+    }
+    rows.start_out(wait_for(place), has_out);
+    ptx::wgmma_wait<0>();
+    rows.take_out();
+    release(place);
+    place.advance();
+  }
+
+  // On edge tiles: scores of keys that a row does not see become -inf.
+  __device__ __forceinline__ void hide_keys(float (&s)[kHopperKeys / 2], int32_t dense_end, int32_t key) const {
+#pragma unroll
+    for (int word = 0; word < kHopperKeys / 64; ++word) {
+      const uint64_t seen = seen_word<64>(tile_row(warp_row_ + lane_ % 16), dense_end, key + 64 * word);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint64_t bits = __shfl_sync(kFullMask, seen, lane_ / 4 + 8 * h) >> (lane_ % 4 * 2);
+        const uint32_t low = static_cast<uint32_t>(bits), high = static_cast<uint32_t>(bits >> 32);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            if (!((j < 4 ? low : high) >> (j % 4 * 8 + e) & 1)) s[32 * word + 4 * j + 2 * h + e] = -INFINITY;
+          }
+        }
+      }
+    }
+  }
+
+  // Through shared memory, so that a row leaves in 16-byte pieces. A warp only touches its own rows there.
+  __device__ __forceinline__ void store(const WarpgroupRows<T, Shape>& rows) const {
+    constexpr int kChunks = Shape::kHeadDim / 8;
+    uint4* const stage = sm_->q[warpgroup_][0];
+    const auto at = [&](int row, int chunk) { return chunk / 8 * 64 * 8 + Shape::at(row, chunk % 8); };
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = warp_row_ + lane_ / 4 + 8 * h;
+      const float scale = row_scale(p_.op, kv_head_, rows.sum[h]);
+      if (lane_ % 4 == 0 && tile_row(row) < tile().num_rows) store_lse(tile_row(row), rows.max[h], rows.sum[h]);
+#pragma unroll
+      for (int j = 0; j < kChunks; ++j) {
+        reinterpret_cast<uint32_t*>(stage + at(row, j))[lane_ % 4] =
+            ptx::pack<T>(rows.out[4 * j + 2 * h] * scale, rows.out[4 * j + 2 * h + 1] * scale);
+      }
+    }
+    __syncwarp();
+#pragma unroll 4
+    for (int i = lane_; i < 16 * kChunks; i += kWarpSize) {
+      const int row = warp_row_ + i / kChunks, chunk = i % kChunks;
+      if (tile_row(row) < tile().num_rows) store_chunk(tile_row(row), chunk, stage[at(row, chunk)]);
+    }
+    __syncwarp();  // before the warp's next q
+  }
+
+  __device__ __forceinline__ void store_partial(const WarpgroupRows<T, Shape>& rows) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = tile_row(warp_row_ + lane_ / 4 + 8 * h);
+      if (row >= tile().num_rows) continue;
+      const int64_t at = partial_at(row);
+      if (lane_ % 4 == 0) {
+        p_.op.partial_m[at] = rows.max[h];
+        p_.op.partial_l[at] = rows.sum[h];
+      }
+      float* out = p_.op.partial_o + at * Shape::kHeadDim + lane_ % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < Shape::kHeadDim / 8; ++j) {  // the four lanes of a row fill a sector of 32 bytes
+        *reinterpret_cast<float2*>(out + 8 * j) = make_float2(rows.out[4 * j + 2 * h], rows.out[4 * j + 2 * h + 1]);
+      }
+    }
+  }
+
+  typename Shape::Smem* const sm_;
+  const int lane_, warpgroup_, warp_row_;  // warp_row_: of the warpgroup's 64
+};
+
+template <class T, int kHeadDim, int kTileRows>
+__global__ void __launch_bounds__(HopperShape<kHeadDim, kTileRows>::kThreads,
+                                  HopperShape<kHeadDim, kTileRows>::kMinCtas)
+    attention_wgmma_kernel(const __grid_constant__ HopperParams p) {
+  if constexpr (ptx::kHasWgmma) {
+    typedef HopperShape<kHeadDim, kTileRows> Shape;
+    NLD_DYNAMIC_SMEM(typename Shape::Smem, sm);
+    NLD_DEVICE_CHECK(plan_fits(*plan_view(p.mma.op.plan, p.mma.op.plan_shape.max_tiles).header, p.mma.op.plan_shape),
+                     "the plan was made for these sizes");
+    if (threadIdx.x == 0) {
+#pragma unroll 1
+      for (int slot = 0; slot < Shape::kSlots; ++slot) {
+        ptx::mbar_init(&sm->full[slot], 4);                       // the producer's warps
+        ptx::mbar_init(&sm->empty[slot], 4 * Shape::kConsumers);  // the consumers' warps
+      }
+      ptx::mbar_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+      ptx::give_up_registers<Shape::kProducerRegisters>();
+      HopperLoader<Shape> loader(p, sm);
+      for_each_item(p.mma, [&](int index, const PlanItem& item, int kv_head) {
+        ItemProducer<Shape>(p.mma, index, item, kv_head).run(item.key_begin, loader);
+      });
+      loader.finish();
+    } else {
+      ptx::ask_for_registers<Shape::kConsumerRegisters>();
+      RingPlace<Shape::kSlots> place;
+      for_each_item(p.mma, [&](int index, const PlanItem& item, int kv_head) {
+        ItemConsumer<T, Shape>(p.mma, sm, index, item, kv_head).run(item.key_begin, place);
+      });
+    }
+  }
+}
+
+}  // namespace nld

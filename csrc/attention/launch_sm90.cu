@@ -1,0 +1,72 @@
+// The launcher of the Hopper kernels: where they run, what they have instances for, and the maps of K and V.
+#include <cstring>
+#include <numeric>
+
+#include "attention/ring_sm90.cuh"
+#include "common/tensor_map.h"
+
+namespace nld {
+namespace {
+
+typedef LaunchError WgmmaLauncher(const HopperParams&, void* stream);
+
+WgmmaLauncher* wgmma_launcher(DType dtype, int64_t head_dim) {
+  const bool is_bf16 = dtype == DType::kBF16;
+  switch (head_dim) {
+    case 64:
+      return is_bf16 ? launch_wgmma<bf16, 64> : launch_wgmma<f16, 64>;
+    case 96:
+      return is_bf16 ? launch_wgmma<bf16, 96> : launch_wgmma<f16, 96>;
+    case 128:
+      return is_bf16 ? launch_wgmma<bf16, 128> : launch_wgmma<f16, 128>;
+  }
+  return nullptr;
+}
+
+// Code for sm_90a runs on 9.0 and nowhere else.
+bool is_hopper() {
+#if defined(NLD_CUDA_ARCH_NAMES)
+  if (std::strstr(NLD_CUDA_ARCH_NAMES, "90a") == nullptr) return false;
+#endif
+  return compute_capability() == 90;
+}
+
+// Tokens of the boxes in which pages are copied: the most that divide a page and the beginnings of all tiles, so that
+// no box has two pages. 0 where that is less than the 8 rows of a swizzle.
+int box_rows(const AttentionCudaParams& op) {
+  const int64_t starts = op.plan_shape.split_len > 0 ? op.plan_shape.split_len : kPlanKeys;
+  const int64_t rows = std::gcd(std::gcd(op.page_size, starts), int64_t{kHopperKeys});
+  return rows >= 8 ? static_cast<int>(rows) : 0;
+}
+
+LaunchError map_pages(ptx::TensorMap* map, const AttentionCudaParams& op, const KvPages& pages, int box_rows) {
+  TensorMapSpec spec = {pages.data,
+                        op.dtype,
+                        4,
+                        {op.head_dim, op.page_size, op.num_kv_heads, op.num_pages},
+                        {1, pages.token_stride, pages.head_stride, pages.page_stride},
+                        {64, box_rows, 1, 1},
+                        ptx::Swizzle::k128};
+  for (int i = 1; i < 4; ++i) {
+    if (spec.dims[i] == 1) spec.strides[i] = 8;  // the stride of one element may be anything, but not for the map
+  }
+  return make_tensor_map(map, spec);
+}
+
+}  // namespace
+
+bool attention_wgmma_takes(const AttentionParams& p, int32_t tile_rows) {
+  return tile_rows >= 64 && attention_mma_takes(p) && wgmma_launcher(p.dtype, p.head_dim) != nullptr && is_hopper();
+}
+
+LaunchError launch_attention_wgmma(const AttentionCudaParams& op, void* stream) {
+  HopperParams p = {mma_params(op), {}, {}, box_rows(op)};
+  // What has no map (a stride of 0, say) is gathered.
+  if (p.box_rows > 0 &&
+      (map_pages(&p.k_map, op, op.k, p.box_rows) != nullptr || map_pages(&p.v_map, op, op.v, p.box_rows) != nullptr)) {
+    p.box_rows = 0;
+  }
+  return wgmma_launcher(op.dtype, op.head_dim)(p, stream);
+}
+
+}  // namespace nld
