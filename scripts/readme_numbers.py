@@ -107,7 +107,10 @@ def details() -> Iterator[str]:
         yield ""
         yield markdown(document)
         yield ""
-        yield f"{source(document)}, commit {document['environment']['commit']}"
+        note = document["timing"].get("note")
+        yield f"{source(document)}, commit {document['environment']['commit']}" + (
+            f". {note[0].upper()}{note[1:]}." if note else ""
+        )
     if (ROOT / "benchmarks/results/build.json").is_file():
         document = load("build")
         env = document["environment"]
