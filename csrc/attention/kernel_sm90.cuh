@@ -86,12 +86,7 @@ class ItemConsumer : private ItemView {
     read_mask();
     WarpgroupRows<T, Shape> rows;
     const int32_t first_key = next_visible<kHopperKeys>(key_begin);
-    if (first_key < tiles_end(key_end_)) {
-      work(first_key, place, rows);
-    } else {
-#pragma unroll
-      for (int i = 0; i < Shape::kHeadDim / 2; ++i) rows.out[i] = 0.0f;
-    }
+    if (first_key < tiles_end(key_end_)) work(first_key, place, rows);
     rows.finish_sum();
     warpgroup_sync();  // q has been read: out takes its place
     if (tile().num_splits > 1) {
@@ -169,32 +164,37 @@ class ItemConsumer : private ItemView {
     ptx::wgmma_wait<0>();
     rows.take_scores();
     release(place);
-    place.advance();
     scores_to_probabilities(shrink);
-    rows.round_probabilities();
-
-    bool has_out = false;
+    key = next_visible<kHopperKeys>(key + kHopperKeys);
+    // The loop begins behind a softmax: its branch back is what keeps ptxas from moving the wait for the product with V
+    // in front of the exponentials, which are to run beside that product.
+    RingPlace<Shape::kSlots> v_place = place;  // of the tile before
+    bool has_v = false;
+    place.advance();
 #pragma unroll 1
-    for (key = next_visible<kHopperKeys>(key + kHopperKeys); key < tiles_end(key_end_);
-         key = next_visible<kHopperKeys>(key + kHopperKeys)) {
+    for (;;) {
+      ptx::wgmma_wait<0>();
+      rows.take_out();
+      if (has_v) release(v_place);
+      rows.shrink_out(shrink);
+      rows.round_probabilities();
+      if (key >= tiles_end(key_end_)) break;
       const RingPlace<Shape::kSlots> k_place = place;
       rows.start_scores(q, wait_for(k_place));
       place.advance();
-      rows.start_out(wait_for(place), has_out);
+      v_place = place;
+      has_v = true;
+      rows.start_out(wait_for(v_place));
+      place.advance();
       if (NLD_BUG(attention_sm90_early_release)) release(k_place);
       ptx::wgmma_wait<1>();
       rows.take_scores();
       if (!NLD_BUG(attention_sm90_early_release)) release(k_place);
       scores_to_probabilities(shrink);
-      ptx::wgmma_wait<0>();
-      rows.take_out();
-      release(place);
-      place.advance();
-      rows.shrink_out(shrink);
-      rows.round_probabilities();
-      has_out = true;
+      rows.take_scores();
+      key = next_visible<kHopperKeys>(key + kHopperKeys);
     }
-    rows.start_out(wait_for(place), has_out);
+    rows.start_out(wait_for(place));
     ptx::wgmma_wait<0>();
     rows.take_out();
     release(place);

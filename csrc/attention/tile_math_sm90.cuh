@@ -12,9 +12,9 @@ namespace nld {
 template <class T, class Shape>
 struct WarpgroupRows {
   static constexpr int kDim = Shape::kHeadDim, kScores = kHopperKeys / 2, kSteps = kHopperKeys / 16;
-  float s[kScores];       // scores, then probabilities, of the tile at hand
-  uint32_t p[kSteps][4];  // probabilities of the tile before, rounded to T: operands of the product with V
-  float out[kDim / 2];    // not yet divided by sum
+  float s[kScores];          // scores, then probabilities, of the tile at hand
+  uint32_t p[kSteps][4];     // probabilities of the tile before, rounded to T: operands of the product with V
+  float out[kDim / 2] = {};  // not yet divided by sum
   float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};  // `sum` of this lane's columns only
 
   // Starts s = q * k; both operands lie in shared memory, dims along the rows.
@@ -32,14 +32,14 @@ struct WarpgroupRows {
     ptx::wgmma_commit();
   }
 
-  // Starts out += p * v, or out = p * v. V lies with its dims along the rows: its keys are the steps of k.
-  __device__ __forceinline__ void start_out(const uint4* v, bool accumulate) {
+  // Starts out += p * v. V lies with its dims along the rows: its keys are the steps of k.
+  __device__ __forceinline__ void start_out(const uint4* v) {
     const uint64_t b = ptx::wgmma_desc(v, Shape::kColumnBytes, 1024, ptx::Swizzle::k128);
     ptx::wgmma_use(out);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      ptx::wgmma_reg_a<T, kDim, true>(out, p[step], b + step * 16 * 128 / 16, accumulate || step > 0);
+      ptx::wgmma_reg_a<T, kDim, true>(out, p[step], b + step * 16 * 128 / 16, true);
     }
     ptx::wgmma_commit();
   }
