@@ -176,6 +176,28 @@ def test_flashinfer(name: str, module: Any) -> None:
     assert options["causal"] == (name == "chain")
 
 
+class BatchDecodeWithPagedKVCacheWrapper(BatchPrefillWithPagedKVCacheWrapper):
+    """FlashInfer's for one row a request, by its documentation."""
+
+    def plan(  # type: ignore[override]
+        self, indptr: Tensor, indices: Tensor, last_page_len: Tensor, num_qo_heads: int,
+        num_kv_heads: int, head_dim: int, page_size: int, *, q_data_type: Any = "float16",
+        kv_data_type: Any = None, sm_scale: float | None = None,
+    ) -> None:  # fmt: skip
+        rows = torch.arange(len(indptr), dtype=torch.int32)
+        super().plan(
+            rows, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size,
+            sm_scale=sm_scale, q_data_type=q_data_type, kv_data_type=kv_data_type,
+        )  # fmt: skip
+
+
+def test_flashinfer_decode(module: Any) -> None:
+    wrapper = BatchDecodeWithPagedKVCacheWrapper
+    module("flashinfer", BatchDecodeWithPagedKVCacheWrapper=wrapper)
+    check(flashinfer.DECODE, problem("one row"))
+    assert flashinfer.DECODE.refuses(BLOCKS, "cuda") == "is for one row a request"
+
+
 # ---- FlashAttention --------------------------------------------------------------------------
 
 
@@ -362,11 +384,11 @@ def test_sglang_triton(name: str, place: str, extend: Any, module: Any) -> None:
 
 @pytest.mark.parametrize("r", [r for c in CELLS.values() for r in c.requests], ids=str)
 def test_flex_mask(r: grid.Request) -> None:
-    made = AttentionProblem(cell(r), CPU)
+    made = flex.Masks.of(cell(r), CPU)
     zero = torch.tensor(0)
     row, key = torch.arange(r.rows)[:, None], torch.arange(r.seq_len)[None]
-    assert torch.equal(flex.visible(made, zero, zero, row, key), paging.visible(r))
-    behind = flex.visible(made, zero, zero, row, torch.tensor([r.seq_len]))
+    assert torch.equal(made.visible(zero, zero, row, key), paging.visible(r))
+    behind = made.visible(zero, zero, row, torch.tensor([r.seq_len]))
     assert not behind.any(), "padding is not seen"
 
 
@@ -380,7 +402,8 @@ def test_flex(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert flex.FLEX.differs(made, prepared.result(prepared.call())) is None
     far = cell(grid.Request(4, 4000), *[grid.Request(4, 8)] * 30)
     assert "padding" in str(flex.FLEX.refuses(far, "cuda"))
-    assert "headline" in str(flex.FLEX.refuses(replace(BLOCKS, headline=False), "cuda"))
+    assert "compiles" in str(flex.FLEX.costly(replace(RAGGED, headline=False)))
+    assert flex.FLEX.costly(RAGGED) is None
 
 
 @pytest.mark.parametrize("name", CELLS)

@@ -77,6 +77,7 @@ class Baseline:
         differs: compares a baseline's result with ours: None, or in what they differ.
         missing: why it cannot run on this kind of device ("cpu", "cuda") at all.
         refuses: why it has no answer for a cell on this kind of device.
+        costly: why it is left out of a cell unless it is asked for by name.
         in_graph: False where it reads results on the host.
         around: a context that its calls need.
         layout: name of the copies that `make` lays out; equal names share one copy.
@@ -89,6 +90,7 @@ class Baseline:
     differs: Callable[[Any, Any], str | None]
     missing: Callable[[str], str | None] = never
     refuses: Callable[[Any, str], str | None] = never
+    costly: Callable[[Any], str | None] = never
     in_graph: bool = True
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     layout: str = ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,35 +67,43 @@ class CommitProblem:
         self.tokens.fill_(MASK)
 
 
-def eager(problem: CommitProblem, temperature: float) -> Tensor:
+def eager(
+    logits: Tensor, is_masked: Tensor, rule: CommitRule, batch: int, temperature: float
+) -> Tensor:
     """Judge every row, as eager pipelines do: gathering the masked ones needs a host read."""
-    cell, is_masked = problem.cell, problem.fresh_mask
-    logits = problem.logits.float()
+    logits = logits.float()
     noisy = logits
     if temperature > 0:
         noisy = logits / temperature - torch.empty_like(logits).exponential_().log_()
     candidates = noisy.max(-1).indices
     probs = logits.softmax(-1)
-    shape = (cell.batch, cell.rows)
-    masked = is_masked.view(shape)
-    if cell.rule == CommitRule.ALL:
+    masked = is_masked.view(batch, -1)
+    if rule == CommitRule.ALL:
         return torch.where(is_masked, candidates, MASK)
-    if cell.rule == CommitRule.ENTROPY:
+    if rule == CommitRule.ENTROPY:
         entropy = -(probs * probs.clamp_min(1e-10).log()).sum(-1)
-        ordered, order = torch.where(masked, entropy.view(shape), torch.inf).sort(-1)
+        ordered, order = torch.where(masked, entropy.view(batch, -1), torch.inf).sort(-1)
         fits = (ordered.cumsum(-1) - ordered <= THRESHOLD) & (ordered < torch.inf)
         commits = torch.zeros_like(masked).scatter(1, order, fits)
     else:
         confidence = probs.gather(-1, candidates[:, None])[:, 0]
-        score = torch.where(masked, confidence.view(shape), -torch.inf)
+        score = torch.where(masked, confidence.view(batch, -1), -torch.inf)
         best = score.topk(1).indices
-        commits = masked & (score >= THRESHOLD) & (cell.rule != CommitRule.QUOTA)
+        commits = masked & (score >= THRESHOLD) & (rule != CommitRule.QUOTA)
         commits = commits.scatter(1, best, True)
     return torch.where(commits.view(-1), candidates, MASK)
 
 
-def _make(problem: CommitProblem) -> Prepared:
-    return Prepared(lambda: eager(problem, problem.cell.temperature), lambda _: eager(problem, 0.0))
+def _make(problem: CommitProblem, function: Callable[..., Tensor] = eager) -> Prepared:
+    cell = problem.cell
+    arguments = (problem.logits, problem.fresh_mask, cell.rule, cell.batch)
+    return Prepared(
+        lambda: function(*arguments, cell.temperature), lambda _: function(*arguments, 0.0)
+    )
+
+
+def _make_compiled(problem: CommitProblem) -> Prepared:
+    return _make(problem, torch.compile(eager, dynamic=False))
 
 
 def _differs(problem: CommitProblem, result: Tensor) -> str | None:
@@ -118,13 +128,19 @@ def _read_bytes(cell: grid.Commit) -> float:
 TORCH = Baseline(
     "torch", _make, _differs, refuses=_refuses, layout="torch commit", layout_bytes=_read_bytes
 )
+COMPILED = replace(
+    TORCH, name="torch compiled", make=_make_compiled,
+    missing=lambda device: None if device == "cuda" else "is measured on CUDA only",
+    costly=lambda cell: None if cell.headline else "compiles some seconds for every shape",
+    note="torch.compile of the eager pipeline",
+)  # fmt: skip
 # The time that reading the logits takes at least, by a torch sum.
 READ = Baseline(
     "read (sum)", lambda p: Prepared(p.logits.sum), lambda problem, result: None,
     refuses=lambda cell, _: None if cell.masked == 1 else "would read rows that are not judged",
     note="does nothing but read the logits: a roof, no rival",
 )  # fmt: skip
-BASELINES = (TORCH, READ)
+BASELINES = (TORCH, COMPILED, READ)
 
 
 def problem_bytes(cell: grid.Commit) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -100,6 +101,9 @@ class Suite:
             row |= {"status": "failed", "reason": text}
         finally:
             gc.collect()
+            # Else dynamo gives up after some shapes and the compiled baselines run uncompiled.
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.reset()
             if self.device.type == "cuda" and not self.tiny:
                 torch.cuda.empty_cache()
         return row
@@ -178,6 +182,8 @@ class Suite:
             raise NotRun("not asked for")
         if reason := baseline.missing(self.kind) or baseline.refuses(cell, self.kind):
             raise NotRun(reason)
+        if self.baselines is None and (reason := baseline.costly(cell)):
+            raise NotRun(f"{reason}; ask for it with --baselines")
         chosen = problems if baseline.in_graph else problems[:MOST_HOST_INPUTS]
         size = 0.0
         if baseline.layout not in layouts:

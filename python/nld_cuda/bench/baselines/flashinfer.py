@@ -1,4 +1,4 @@
-"""FlashInfer's paged prefill wrapper (PyPI: flashinfer-python), on our pages as they are.
+"""FlashInfer's paged prefill and decode (PyPI: flashinfer-python), on our pages as they are.
 
 Its `plan` runs on the host and is not timed. Masks other than one causal flag for the batch go in
 as a custom mask, which its FA2 kernels take.
@@ -76,6 +76,34 @@ def _refuses(cell: grid.Attention, device: str) -> str | None:
     return None
 
 
+def make_decode(problem: AttentionProblem) -> Prepared:
+    """One row a request: its own kernels for that, without tensor cores."""
+    import flashinfer
+
+    cell, device = problem.cell, problem.device
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(_workspace(device), "NHD")
+    wrapper.plan(
+        paging.kv_indptr(paging.page_counts(cell)).to(device),
+        paging.page_indices(cell, problem.table), paging.last_page_lens(cell).to(device),
+        cell.heads, cell.kv_heads, cell.head_dim, cell.page_size, q_data_type=problem.q.dtype,
+        kv_data_type=problem.k_cache.dtype, sm_scale=cell.head_dim**-0.5,
+    )  # fmt: skip
+    out = torch.empty_like(problem.q)
+    caches = (problem.k_cache, problem.v_cache)
+    return Prepared(lambda: wrapper.run(problem.q, caches, out=out), lambda _: out)
+
+
+def _decode_refuses(cell: grid.Attention, device: str) -> str | None:
+    if any(r.rows != 1 for r in cell.requests):
+        return "is for one row a request"
+    return _refuses(cell, device)
+
+
+DECODE = Baseline(
+    "flashinfer decode", make_decode, attention.differs, missing=needs_cuda_module("flashinfer"),
+    refuses=_decode_refuses, layout="flashinfer workspaces", layout_bytes=lambda cell: 64 << 20,
+    note="its plan on the host is not timed",
+)  # fmt: skip
 FLASHINFER = Baseline(
     "flashinfer", make, attention.differs, missing=needs_cuda_module("flashinfer"),
     refuses=_refuses, layout="flashinfer workspaces",
