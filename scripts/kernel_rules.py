@@ -86,6 +86,7 @@ def arguments(name: str) -> list[str]:
 
 LOAD_16 = r"LDG\.E\.(?:\w+\.)*128"
 STORE_16 = r"STG\.E\.(?:\w+\.)*128"
+WIDEN = r"H(FMA|MUL)2\.(?:\w+\.)*BF16"
 CP_ASYNC_16 = r"LDGSTS\.E\.(?:\w+\.)*128"
 
 
@@ -96,7 +97,7 @@ def attention_simt_smem(head_dim: int) -> int:
 
 def attention_mma_smem(name: str) -> int:
     """Bytes of the ring of K and V tiles (attention/tile_loader.cuh)."""
-    head_dim, tile_rows = map(int, arguments(name)[1:])
+    head_dim, tile_rows = map(int, arguments(name)[1:3])
     return 6 * 64 * head_dim * 2 if tile_rows == 128 else 48 * KIB
 
 
@@ -140,7 +141,7 @@ RULES: list[Rule] = [
         dynamic_smem=4096,
     ),
     Rule(
-        r"compact_kernel<(uint2|unsigned (int|short))>",
+        r"compact_kernel<(uint2|unsigned (int|short|char))>",
         min_ctas={"all": 8},
         dynamic_smem=4096,
     ),
@@ -174,21 +175,41 @@ RULES: list[Rule] = [
     # ---- attention on tensor cores: two CTAs a multiprocessor where a warp's 16 rows allow it; 128
     # rows are 8 warps of one CTA. LDSM and HMMA of one tile of 64 keys (16-row tiles: of 16 keys).
     Rule(
-        r"attention_mma_kernel<\w+, \d+, 128>",
+        r"attention_mma_kernel<(\w+), \d+, 128, \1>",
         min_ctas={"all": 1},
         instructions={"LDSM": 2 * 16, "HMMA": 4 * 16, CP_ASYNC_16: 8},
         dynamic_smem=attention_mma_smem,
     ),
     Rule(
-        r"attention_mma_kernel<\w+, \d+, 64>",
+        r"attention_mma_kernel<(\w+), \d+, 64, \1>",
         min_ctas={"all": 2},
         instructions={"LDSM": 2 * 16, "HMMA": 4 * 16, CP_ASYNC_16: 8},
         dynamic_smem=attention_mma_smem,
     ),
     Rule(
-        r"attention_mma_kernel<\w+, \d+, 16>",
+        r"attention_mma_kernel<(\w+), \d+, 16, \1>",
         min_ctas={"all": 2},
         instructions={"LDSM": 2 * 4, "HMMA": 4 * 4, CP_ASYNC_16: 8},
+        dynamic_smem=attention_mma_smem,
+    ),
+    # Of fp8 caches: the same room; 16 codes a thread are 8 products (HMUL2, or HFMA2 + -0), and
+    # leave in 16-byte stores.
+    Rule(
+        r"attention_mma_kernel<bf16, \d+, 128, e4m3>",
+        min_ctas={"all": 1},
+        instructions={"LDSM": 2 * 16, "HMMA": 4 * 16, CP_ASYNC_16: 4, WIDEN: 8, "STS.128": 2},
+        dynamic_smem=attention_mma_smem,
+    ),
+    Rule(
+        r"attention_mma_kernel<bf16, \d+, 64, e4m3>",
+        min_ctas={"all": 2},
+        instructions={"LDSM": 2 * 16, "HMMA": 4 * 16, CP_ASYNC_16: 4, WIDEN: 8, "STS.128": 2},
+        dynamic_smem=attention_mma_smem,
+    ),
+    Rule(
+        r"attention_mma_kernel<bf16, \d+, 16, e4m3>",
+        min_ctas={"all": 2},
+        instructions={"LDSM": 2 * 4, "HMMA": 4 * 4, CP_ASYNC_16: 4, WIDEN: 8, "STS.128": 2},
         dynamic_smem=attention_mma_smem,
     ),
     # ---- attention on Hopper's: registers are those of the launch; setmaxnreg shares them out.

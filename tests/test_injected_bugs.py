@@ -78,6 +78,19 @@ def attention_fp8(b: Backend) -> None:
     test_fp8.run(ATTENTION_CORRECT[1], BF16, b)
 
 
+def attention_fp8_in_warps(b: Backend) -> None:
+    test_fp8.run(AttentionCase("x", (Request(3, 403, CAUSAL),), dim=128), BF16, b)
+
+
+def attention_fp8_ahead(b: Backend) -> None:
+    """Tiles of 128 rows: the next one is converted while this one is multiplied."""
+    test_fp8.run(AttentionCase("x", (Request(50, 260, FULL),), heads=4, kv_heads=1), BF16, b)
+
+
+def attention_fp8_nan(b: Backend) -> None:
+    test_fp8.test_nan_is_not_lost((37, 15), 0x7F, b)
+
+
 def compact(b: Backend) -> None:
     test_kv_cache.test_compact(4, 3, "dense", b)
 
@@ -193,6 +206,11 @@ BUGS = [
     Bug("attention_sm90_lost_tail", attention_of_hopper, NUMBERS, 90),
     Bug("attention_sm90_wrong_page", attention_of_hopper, NUMBERS, 90),
     Bug("attention_mask_edge", attention_of_hopper, NUMBERS, 90),
+    Bug("attention_fp8_no_barrier", attention_fp8, RACE),
+    Bug("attention_fp8_no_barrier", attention_fp8_in_warps, RACE),
+    Bug("attention_fp8_lost_nan", attention_fp8_nan, NUMBERS),
+    Bug("attention_wait_depth", attention_fp8_ahead, RACE),
+    Bug("attention_missing_barrier", attention_fp8_ahead, RACE),
     Bug("simt_no_barrier", attention_in_splits, RACE),
     Bug("simt_lost_tail", attention_in_splits, NUMBERS),
     Bug("simt_mask_edge", attention_in_splits, NUMBERS),

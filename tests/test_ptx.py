@@ -131,6 +131,7 @@ PORTABLE = {
     "ldmatrix_kernel<2, true>": [r"LDSM\.16\.MT88\.2"],
     "mma_kernel<bf16>": [r"HMMA\.16816\.F32\.BF16"],
     "mma_kernel<f16>": [r"HMMA\.16816\.F32$"],
+    "mul_bf16x2_kernel": [r"H(FMA|MUL)2\.(?:\w+\.)*BF16"],
     "approx_kernel": [r"MUFU\.EX2", r"MUFU\.LG2", r"MUFU\.TANH"],
     "barrier_kernel": [r"BAR\.ARV", r"BAR\.SYNC"],
     "stream_kernel": [r"LDG\.E\.NA\.LTC128B\.128\.CONSTANT", r"STG\.E\.EF\.128"],

@@ -24,6 +24,7 @@
 #pragma once
 
 #include "attention/item_view.cuh"
+#include "attention/tile_convert.cuh"
 #include "attention/tile_math.cuh"
 
 namespace nld {
@@ -108,26 +109,37 @@ class ItemWorker : private ItemView {
           loader.look_up(next_key);
         }
       }
-      if (keys[kAhead - 1] < key_end_) loader.copy(is_v, keys[kAhead - 1], sm_->slots[slot]);
+      if (keys[kAhead - 1] < key_end_) loader.copy(is_v, keys[kAhead - 1], Shape::ring_slot(sm_, slot));
       ptx::cp_async_commit();
     };
     int slot = 0;  // of this step's tile
     // One group of copies per step, empty ones at the end: the group that a step needs is always the kDepth'th last.
-    // One barrier per step does for two: all have waited, and all have read the slot that is filled next.
-    const auto begin_step = [&](bool copies_v) {
-      const int free_slot = slot < Shape::kQSlots ? slot + kDepth : slot - Shape::kQSlots;
+    // One barrier per step does for two: all have waited, and all have read the slot that is filled next. An e4m3 tile
+    // is then converted, either the step's own, with one more barrier, or that of the next step.
+    const auto begin_step = [&](bool copies_v, bool is_v) {
+      const int free_slot = slot < Shape::kIdle ? slot + kDepth : slot - Shape::kIdle;
       if (NLD_BUG(attention_early_reuse)) copy_next(copies_v, free_slot);
       if (NLD_BUG(attention_wait_depth)) {
-        ptx::cp_async_wait<kDepth>();
+        ptx::cp_async_wait<kDepth - Shape::kEarly>();
       } else {
-        ptx::cp_async_wait<kDepth - 1>();
+        ptx::cp_async_wait<kDepth - 1 - Shape::kEarly>();
       }
       team_sync();
       if (!NLD_BUG(attention_early_reuse)) copy_next(copies_v, free_slot);
+      if constexpr (Shape::kEarly != 0) {
+        const int next = slot + 1 == Shape::kRingSlots ? 0 : slot + 1;
+        if (!is_v || keys[0] < key_end_) convert_tile<Shape>(Shape::ring_slot(sm_, next), sm_->slots[is_v ? 0 : 1]);
+      } else if constexpr (Shape::kConverts) {
+        convert_tile<Shape>(Shape::ring_slot(sm_, slot), sm_->slots[0]);
+        if (!NLD_BUG(attention_fp8_no_barrier)) team_sync();
+      }
     };
-    const auto end_step = [&] { slot = slot + 1 == Shape::kSlots ? 0 : slot + 1; };
+    const auto end_step = [&] { slot = slot + 1 == Shape::kRingSlots ? 0 : slot + 1; };
+    const auto tile_slot = [&](bool is_v) -> const uint4* {
+      return Shape::kConverts ? sm_->slots[is_v ? Shape::kEarly : 0] : sm_->slots[slot];
+    };
 
-    copy_q(sm_->slots[kDepth]);
+    copy_q(sm_->slots[Shape::kQAt]);
     ptx::cp_async_commit();
 #pragma unroll 1
     for (int step = 0; step < kDepth; ++step) copy_next(step % 2 != 0, step);
@@ -141,32 +153,44 @@ class ItemWorker : private ItemView {
 
     ptx::cp_async_wait<kDepth>();
     __syncwarp();
-    rows.load_q(sm_->slots[kDepth], warp_ * 16, p_.q_signs);
+    rows.load_q(sm_->slots[Shape::kQAt], warp_ * 16, p_.q_signs);
+    float k_scale = 1.0f;
+    if constexpr (Shape::kConverts) k_scale = key_scale(p_.op, kv_head_);
+    if constexpr (Shape::kEarly != 0) {  // the first tile
+      ptx::cp_async_wait<kDepth - 1>();
+      team_sync();
+      convert_tile<Shape>(Shape::ring_slot(sm_, 0), sm_->slots[0]);
+    }
 
     const int32_t last_key = NLD_BUG(attention_lost_tail) ? key_end_ - kTileKeys + 1 : key_end_;
     while (keys[0] < last_key) {
       const int32_t my_key = keys[0] + warp_key_;
-      begin_step(kDepth % 2 != 0);
+      begin_step(kDepth % 2 != 0, false);
       if (my_key < warp_end) {
         float s[Shape::kWarpKeys / 8][4] = {};
-        rows.multiply_k(sm_->slots[slot], warp_key_, s);
-        if (p_.op.softcap > 0.0f) cap_scores(s);
+        rows.multiply_k(tile_slot(false), warp_key_, s);
+        if (p_.op.softcap > 0.0f) cap_scores(s, k_scale);
         if (my_key + Shape::kWarpKeys > unmasked_end) hide_keys(s, dense_end, my_key);
-        rows.softmax(s, p_.scale_log2);
+        rows.softmax(s, score_scale(k_scale));
       }
       end_step();
-      begin_step(kDepth % 2 == 0);
-      if (my_key < warp_end) rows.multiply_v(sm_->slots[slot], warp_key_);
+      begin_step(kDepth % 2 == 0, true);
+      if (my_key < warp_end) rows.multiply_v(tile_slot(true), warp_key_);
       end_step();
     }
   }
 
-  __device__ __forceinline__ void cap_scores(float (&s)[Shape::kWarpKeys / 8][4]) const {
+  // What the scores still need behind the cap, if there is one; > 0, because the -inf of a hidden key times 0 is NaN.
+  __device__ __forceinline__ float score_scale(float k_scale) const {
+    return !Shape::kConverts || p_.op.softcap > 0.0f ? p_.scale_log2 : fmaxf(p_.scale_log2 * k_scale, 1e-37f);
+  }
+
+  __device__ __forceinline__ void cap_scores(float (&s)[Shape::kWarpKeys / 8][4], float k_scale) const {
 #pragma unroll
     for (int j = 0; j < Shape::kWarpKeys / 8; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        s[j][e] = cap_score(s[j][e]);
+        s[j][e] = cap_score(Shape::kConverts ? s[j][e] * k_scale : s[j][e]);
       }
     }
   }
@@ -282,10 +306,11 @@ class ItemWorker : private ItemView {
   const int warp_row_, warp_key_;  // first row of the tile, and first key of each 64, of this warp
 };
 
-template <class T, int kHeadDim, int kTileRows>
-__global__ void __launch_bounds__(TileShape<kHeadDim, kTileRows>::kThreads, TileShape<kHeadDim, kTileRows>::kMinCtas)
+template <class T, int kHeadDim, int kTileRows, class Kv>
+__global__ void __launch_bounds__(TileShape<kHeadDim, kTileRows, Kv>::kThreads,
+                                  TileShape<kHeadDim, kTileRows, Kv>::kMinCtas)
     attention_mma_kernel(const __grid_constant__ MmaParams p) {
-  typedef TileShape<kHeadDim, kTileRows> Shape;
+  typedef TileShape<kHeadDim, kTileRows, Kv> Shape;
   NLD_DYNAMIC_SMEM(typename Shape::Smem, sm);
   const Plan plan = plan_view(p.op.plan, p.op.plan_shape.max_tiles);
   NLD_DEVICE_CHECK(plan_fits(*plan.header, p.op.plan_shape), "the plan was made for these sizes");

@@ -7,9 +7,13 @@ namespace {
 
 typedef LaunchError MmaLauncher(const MmaParams&, void* stream);
 
-MmaLauncher* mma_launcher(DType dtype, int64_t head_dim) {
+MmaLauncher* mma_launcher(DType dtype, int64_t head_dim, bool is_fp8) {
   const bool is_bf16 = dtype == DType::kBF16;
   if (dtype == DType::kF32) return nullptr;
+  if (is_fp8) {  // what models use: every instance costs seconds of building and a third of a megabyte
+    if (!is_bf16) return nullptr;
+    return head_dim == 64 ? launch_mma<bf16, 64, e4m3> : head_dim == 128 ? launch_mma<bf16, 128, e4m3> : nullptr;
+  }
   switch (head_dim) {
     case 64:
       return is_bf16 ? launch_mma<bf16, 64> : launch_mma<f16, 64>;
@@ -21,31 +25,34 @@ MmaLauncher* mma_launcher(DType dtype, int64_t head_dim) {
   return nullptr;
 }
 
-bool is_aligned(const void* data, std::initializer_list<int64_t> strides) {
-  return vec_size(2, 8, strides, {data}) == 8;
+// Rows of elements of so many bytes that start at multiples of 16.
+bool is_aligned(const void* data, std::initializer_list<int64_t> strides, int element_bytes = 2) {
+  return vec_size(element_bytes, 16, strides, {data}) == 16 / element_bytes;
 }
 
 // Rows start at multiples of 16 bytes, and their places in chunks of 16 fit 32 bits.
 bool has_chunks(const AttentionParams& p, const KvPages& pages) {
   const int64_t last = (p.num_pages - 1) * pages.page_stride + (p.page_size - 1) * pages.token_stride;
-  return is_aligned(pages.data, {pages.page_stride, pages.token_stride, pages.head_stride}) &&
-         last / 8 <= UINT32_MAX - 16;
+  const int bytes = p.is_fp8 ? 1 : 2;
+  return is_aligned(pages.data, {pages.page_stride, pages.token_stride, pages.head_stride}, bytes) &&
+         last * bytes / 16 <= UINT32_MAX - 16;
 }
 
 }  // namespace
 
 bool attention_mma_takes(const AttentionParams& p) {
-  return !p.is_fp8 && mma_launcher(p.dtype, p.head_dim) != nullptr && has_chunks(p, p.k) && has_chunks(p, p.v) &&
+  return mma_launcher(p.dtype, p.head_dim, p.is_fp8) != nullptr && has_chunks(p, p.k) && has_chunks(p, p.v) &&
          is_aligned(p.q, {p.q_token_stride, p.q_head_stride});
 }
 
 MmaParams mma_params(const AttentionCudaParams& op) {
   constexpr float kLog2E = 1.44269504088896341f;
   MmaParams p = {op, fast_div(op.page_size), fast_div(op.num_heads / op.num_kv_heads)};
-  p.k_page_chunks = static_cast<uint32_t>(op.k.page_stride / 8);
-  p.k_token_chunks = static_cast<uint32_t>(op.k.token_stride / 8);
-  p.v_page_chunks = static_cast<uint32_t>(op.v.page_stride / 8);
-  p.v_token_chunks = static_cast<uint32_t>(op.v.token_stride / 8);
+  const int64_t chunk = op.is_fp8 ? 16 : 8;
+  p.k_page_chunks = static_cast<uint32_t>(op.k.page_stride / chunk);
+  p.k_token_chunks = static_cast<uint32_t>(op.k.token_stride / chunk);
+  p.v_page_chunks = static_cast<uint32_t>(op.v.page_stride / chunk);
+  p.v_token_chunks = static_cast<uint32_t>(op.v.token_stride / chunk);
   p.out_aligned = is_aligned(op.out, {op.out_token_stride, op.out_head_stride});
   // A positive scale lets the largest product be the largest score. Zero would make NaN of the -inf of hidden keys.
   p.q_signs = op.softmax_scale < 0.0f ? 0x80008000u : 0u;
@@ -58,7 +65,7 @@ MmaParams mma_params(const AttentionCudaParams& op) {
 
 LaunchError launch_attention_mma(const AttentionCudaParams& op, void* stream) {
   if (!attention_mma_takes(op)) return "the tensor-core kernel does not take this dtype, head_dim or alignment";
-  return mma_launcher(op.dtype, op.head_dim)(mma_params(op), stream);
+  return mma_launcher(op.dtype, op.head_dim, op.is_fp8)(mma_params(op), stream);
 }
 
 }  // namespace nld

@@ -1,5 +1,5 @@
-// Launches the mma.sync kernels of one dtype and head_dim. Each pair is instantiated in a file of its own
-// (launch_sm80_<dtype>_<head_dim>.cu): they compile slowly.
+// Launches the mma.sync kernels of one dtype, head_dim and type of cache. Each is instantiated in a file of its own
+// (launch_sm80_<dtype>_<head_dim>.cu, launch_sm80_fp8_<head_dim>.cu): they compile slowly.
 #pragma once
 
 #include <atomic>
@@ -8,11 +8,11 @@
 
 namespace nld {
 
-template <class T, int kHeadDim, int kTileRows>
+template <class T, int kHeadDim, class Kv, int kTileRows>
 LaunchError launch_mma_rows(const MmaParams& p, void* stream) {
-  typedef TileShape<kHeadDim, kTileRows> Shape;
+  typedef TileShape<kHeadDim, kTileRows, Kv> Shape;
   constexpr int kSmemBytes = static_cast<int>(sizeof(typename Shape::Smem));
-  const auto kernel = attention_mma_kernel<T, kHeadDim, kTileRows>;
+  const auto kernel = attention_mma_kernel<T, kHeadDim, kTileRows, Kv>;
   if (const LaunchError error = allow_smem(kernel, kSmemBytes)) return error;
   // Persistent CTAs, as many as the GPU holds at once: a second wave would find its share of the items waiting.
   static std::atomic<int> ctas_per_sm{0};  // the same on all GPUs of a machine, or nearly
@@ -24,15 +24,15 @@ LaunchError launch_mma_rows(const MmaParams& p, void* stream) {
   return launch_result();
 }
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, class Kv>
 LaunchError launch_mma(const MmaParams& p, void* stream) {
   switch (p.op.plan_shape.tile_rows) {
     case 16:
-      return launch_mma_rows<T, kHeadDim, 16>(p, stream);
+      return launch_mma_rows<T, kHeadDim, Kv, 16>(p, stream);
     case 64:
-      return launch_mma_rows<T, kHeadDim, 64>(p, stream);
+      return launch_mma_rows<T, kHeadDim, Kv, 64>(p, stream);
     case 128:
-      return launch_mma_rows<T, kHeadDim, 128>(p, stream);
+      return launch_mma_rows<T, kHeadDim, Kv, 128>(p, stream);
   }
   return "a plan has tiles of 16, 64 or 128 rows";
 }

@@ -1,5 +1,5 @@
 #include "attention/launch_sm80.cuh"
 
 namespace nld {
-template LaunchError launch_mma<bf16, 128>(const MmaParams&, void* stream);
+template LaunchError launch_mma<bf16, 128, bf16>(const MmaParams&, void* stream);
 }

@@ -56,7 +56,8 @@ LaunchError map_pages(ptx::TensorMap* map, const AttentionCudaParams& op, const 
 }  // namespace
 
 bool attention_wgmma_takes(const AttentionParams& p, int32_t tile_rows) {
-  return tile_rows >= 64 && attention_mma_takes(p) && wgmma_launcher(p.dtype, p.head_dim) != nullptr && is_hopper();
+  return tile_rows >= 64 && !p.is_fp8 && attention_mma_takes(p) && wgmma_launcher(p.dtype, p.head_dim) != nullptr &&
+         is_hopper();
 }
 
 LaunchError launch_attention_wgmma(const AttentionCudaParams& op, void* stream) {

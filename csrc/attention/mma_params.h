@@ -9,7 +9,7 @@ namespace nld {
 struct MmaParams {
   AttentionCudaParams op;
   FastDiv page_size, heads_per_kv;
-  // Steps through the caches in chunks of 8 elements; they and their sums fit 32 bits.
+  // Steps through the caches in chunks of 16 bytes; they and their sums fit 32 bits.
   uint32_t k_page_chunks, k_token_chunks, v_page_chunks, v_token_chunks;
   bool out_aligned;           // rows of out start at multiples of 16 bytes
   uint32_t q_signs;           // flips the signs of two elements of q where softmax_scale is negative
@@ -19,8 +19,8 @@ struct MmaParams {
 
 MmaParams mma_params(const AttentionCudaParams&);
 
-// Instances: launch_sm80_<dtype>_<head_dim>.cu.
-template <class T, int kHeadDim>
+// Instances: launch_sm80_<dtype>_<head_dim>.cu, and of fp8 caches (Kv = e4m3) launch_sm80_fp8_<head_dim>.cu.
+template <class T, int kHeadDim, class Kv = T>
 const char* launch_mma(const MmaParams&, void* stream);
 
 }  // namespace nld

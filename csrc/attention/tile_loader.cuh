@@ -12,10 +12,12 @@ constexpr int kTileKeys = 64;  // keys of a K or V tile
 
 // Everything that follows from head_dim and the rows of a tile. Tiles of 64 and 128 rows: each warp has its own 16 rows
 // and reads all keys; the CTA copies together. Tiles of 16 rows: every warp has all rows and its own 16 of the 64 keys,
-// copies them itself and meets the other warps only at the end.
-template <int kHeadDim_, int kTileRows_>
+// copies them itself and meets the other warps only at the end. Kv is what the caches hold: the 16-bit type of q, or
+// e4m3.
+template <int kHeadDim_, int kTileRows_, class Kv>
 struct TileShape {
   static constexpr int kHeadDim = kHeadDim_, kTileRows = kTileRows_;
+  static constexpr bool kConverts = sizeof(Kv) == 1;
   static constexpr bool kSharesKeys = kTileRows == 16;
   static constexpr int kWarps = kTileRows == 128 ? 8 : 4, kThreads = kWarps * kWarpSize;
   static constexpr int kWarpKeys = kSharesKeys ? kTileKeys / kWarps : kTileKeys;
@@ -23,19 +25,30 @@ struct TileShape {
 
   static constexpr int kMinCtas = attention_register_ctas(kHeadDim, kTileRows);
 
-  // The ring holds K and V tiles in turns.
+  // The ring holds K and V tiles in turns, as they lie in the caches. In front of it, where the caches are e4m3: tiles
+  // of 16-bit elements, which the matrix instructions read. One where another CTA of the SM works while this one
+  // converts; of the lonely CTA of 128 rows two, so that warps convert the next tile while others multiply.
   static constexpr int kSlotChunks = kTileKeys * kChunks, kSlotBytes = kSlotChunks * 16;
   static constexpr int kSlots = attention_ring_slots(kHeadDim, kTileRows);
-  // Q passes through the slots that the first copies leave free, into registers.
+  static constexpr int kTiles = !kConverts ? 0 : kTileRows == 128 ? 2 : 1;
+  static constexpr int kCopyChunks = kHeadDim * static_cast<int>(sizeof(Kv)) / 16;  // 16-byte chunks of a copied row
+  static constexpr int kRingSlots = (kSlots - kTiles) * 2 / static_cast<int>(sizeof(Kv));
+  static constexpr int kEarly = kTiles == 2 ? 1 : 0;  // tiles that are converted a step before they are multiplied
+  // Q passes through the slots that the first copies leave free, or those of converted tiles, into registers.
   static constexpr int kQSlots = kTileRows == 128 ? 2 : 1;
-  static constexpr int kDepth = kSlots - kQSlots;  // tiles under way
+  static constexpr int kIdle = !kConverts ? kQSlots : 1 - kEarly;  // slots of tiles that are not under way
+  static constexpr int kDepth = kRingSlots - kIdle;                // tiles under way
+  static constexpr int kQAt = kConverts ? 0 : kDepth;
 
-  // Who copies: the warp its own keys, or the CTA all of them. Neighbouring lanes share a row.
-  static constexpr int kTeam = kSharesKeys ? kWarpSize : kThreads;
+  // Neighbouring lanes share a row: of Q and of 16-bit tiles, ...
   static constexpr int kLanesPerRow = kChunks % 8 == 0 ? 8 : 4;
-  static constexpr int kRowsPerPass = kTeam / kLanesPerRow;
+  // ... and where K and V are copied, by the warp its own keys, or by the CTA all of them.
+  static constexpr int kTeam = kSharesKeys ? kWarpSize : kThreads;
+  static constexpr int kCopyLanes = kCopyChunks % 8 == 0 ? 8 : 4;
+  static constexpr int kRowsPerPass = kTeam / kCopyLanes;
   static constexpr int kPasses = kWarpKeys / kRowsPerPass;
-  static_assert(kHeadDim % 32 == 0 && kHeadDim <= 128 && kPasses >= 1 && kPasses <= kLanesPerRow && kDepth >= 2);
+  static_assert(kHeadDim % 32 == 0 && kHeadDim <= 128 && kPasses >= 1 && kPasses <= kCopyLanes && kDepth >= 2);
+  static_assert(kCopyChunks % kCopyLanes == 0);
 
   // The warps' results of a 16-row tile on their way to each other; 8 more floats a row avoid bank conflicts.
   struct Parts {
@@ -54,6 +67,13 @@ struct TileShape {
   static __device__ __forceinline__ int at(int row, int chunk) {
     return row * kChunks + (chunk ^ (kSwizzled == 8 ? row & 7 : row >> 1 & 3));
   }
+  // Where it is copied to: codes wait in the order of the cache, 16 for each thread to convert.
+  static __device__ __forceinline__ int copy_at(int row, int chunk) {
+    return kConverts ? row * kCopyChunks + chunk : at(row, chunk);
+  }
+  static __device__ __forceinline__ uint4* ring_slot(Smem* sm, int slot) {
+    return sm->slots[kTiles] + slot * kTileKeys * kCopyChunks;
+  }
   // at(row, chunk + even) from at(row, chunk), for chunk 0 or 1: one instruction, mostly shared between steps.
   static __device__ __forceinline__ int step(int position, int even) {
     return (position ^ even % kSwizzled) + even / kSwizzled * kSwizzled;
@@ -69,8 +89,8 @@ class TileLoader {
   __device__ __forceinline__ TileLoader(const MmaParams& p, const int32_t* pages, int kv_head, int32_t key_end)
       : p_(p), pages_(pages), kv_head_(kv_head), key_end_(key_end) {
     const int member = Shape::kSharesKeys ? threadIdx.x % kWarpSize : threadIdx.x;
-    chunk_ = member % Shape::kLanesPerRow;
-    row_ = member / Shape::kLanesPerRow + (Shape::kSharesKeys ? threadIdx.x / kWarpSize * Shape::kWarpKeys : 0);
+    chunk_ = member % Shape::kCopyLanes;
+    row_ = member / Shape::kCopyLanes + (Shape::kSharesKeys ? threadIdx.x / kWarpSize * Shape::kWarpKeys : 0);
   }
 
   // Starts to read the page numbers of the tile at `key`.
@@ -92,7 +112,7 @@ class TileLoader {
   // The tile, at `key`, into a slot.
   __device__ __forceinline__ void copy(bool is_v, int32_t key, uint4* slot) const {
     const KvPages& cache = is_v ? p_.op.v : p_.op.k;
-    const uint16_t* head = static_cast<const uint16_t*>(cache.data) + kv_head_ * cache.head_stride;
+    const char* head = static_cast<const char*>(cache.data) + kv_head_ * cache.head_stride * (Shape::kConverts ? 1 : 2);
     const uint32_t mine = key + my_row(), in_page = remainder(mine, divide(mine, p_.page_size), p_.page_size);
     const uint32_t my_place = is_v ? page_ * p_.v_page_chunks + in_page * p_.v_token_chunks
                                    : page_ * p_.k_page_chunks + in_page * p_.k_token_chunks;
@@ -102,10 +122,10 @@ class TileLoader {
       const uint32_t place = __shfl_sync(kFullMask, my_place, first_lane + pass) + chunk_;
       const int row = row_ + pass * Shape::kRowsPerPass;
       const uint4* source = reinterpret_cast<const uint4*>(head) + place;
-      uint4* target = slot + Shape::at(row, chunk_);
+      uint4* target = slot + Shape::copy_at(row, chunk_);
       const int bytes = key + row < key_end_ ? 16 : 0;
 #pragma unroll
-      for (int i = 0; i < Shape::kChunks; i += Shape::kSwizzled) ptx::cp_async(target + i, source + i, bytes);
+      for (int i = 0; i < Shape::kCopyChunks; i += Shape::kCopyLanes) ptx::cp_async(target + i, source + i, bytes);
     }
   }
 

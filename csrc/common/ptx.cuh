@@ -68,6 +68,18 @@ PTX_FN float2 unpack(uint32_t bits) {
   }
 }
 
+// Two products of bfloat16, each rounded once, subnormals and signs of zeros kept.
+PTX_FN uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+#if NLD_ON_DEVICE
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));  // + -0: no sign is lost
+  return d;
+#else
+  const float2 x = unpack<bf16>(a), y = unpack<bf16>(b);
+  return pack<bf16>(x.x * y.x, x.y * y.y);
+#endif
+}
+
 // ---- approximate functions ----------------------------------------------------------------------------------------
 // The twins are exact and flush denormal inputs and results to zero as .ftz does; compare with tolerances.
 

@@ -237,6 +237,14 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline int __clzll(long long x) { return x ? __builtin_clzll(static_cast<unsigned long long>(x)) : 64; }
+// Nibble i of the selector names byte i of the result: 0-3 of a, 4-7 of b; 8-15 would repeat a sign, which nobody
+// needs.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const unsigned long long bytes = a | static_cast<unsigned long long>(b) << 32;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= (bytes >> (selector >> (4 * i) & 7u) * 8 & 0xffu) << (8 * i);
+  return result;
+}
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline unsigned __brev(unsigned x) {

@@ -13,6 +13,7 @@ namespace nld::ptx_test {
 const Cases kPortable = {
     {"pack and unpack bf16", test_pack<bf16>},
     {"pack and unpack f16", test_pack<f16>},
+    {"mul_bf16x2", test_mul_bf16x2},
     {"exp2, log2 and tanh", test_approx},
     {"cp.async: sizes, zero fill, groups", test_cp_async_all},
     {"ldmatrix: x1, x2, x4, plain and transposed", test_ldmatrix_all},

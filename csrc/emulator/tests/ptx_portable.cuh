@@ -73,6 +73,31 @@ void test_pack() {
   }
 }
 
+__global__ void mul_bf16x2_kernel(const uint32_t* a, const uint32_t* b, uint32_t* out) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  out[i] = ptx::mul_bf16x2(a[i], b[i]);
+}
+
+// Every bfloat16 below 2 * 2^-112 (those that e4m3 codes become, subnormals too) times 2^120, which is exact; then
+// products that round.
+void test_mul_bf16x2() {
+  const int n = 4096;
+  Array<uint32_t> a(n), b(n), out(n);
+  for (int i = 0; i < n; ++i) {
+    const bool is_exact = i < 2048;
+    const uint32_t x = is_exact ? static_cast<uint32_t>(i) : static_cast<uint32_t>(random_int(0x3000, 0x4f00));
+    const uint32_t y = is_exact ? 0x7b80u : static_cast<uint32_t>(random_int(0x3000, 0x4f00));
+    a[i] = x | (x ^ 0x8000u) << 16;
+    b[i] = y | y << 16;
+  }
+  NLD_LAUNCH(mul_bf16x2_kernel, n / 256, 256, 0, nullptr, a.data(), b.data(), out.data());
+  finish();
+  for (int i = 0; i < n; ++i) {
+    const uint32_t want = encode_half(decode_half(a[i] & 0xffffu, true) * decode_half(b[i] & 0xffffu, true), true);
+    expect(out[i] == (want | (want ^ 0x8000u) << 16), "%#x * %#x = %#x, want %#x", a[i], b[i], out[i], want);
+  }
+}
+
 // ---- approximate functions ----------------------------------------------------------------------------------------
 
 __global__ void approx_kernel(const float* x, float* exp2, float* log2, float* tanh) {

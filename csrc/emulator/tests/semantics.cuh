@@ -299,6 +299,7 @@ inline void test_bug_switches() {
 }
 
 inline void test_bits() {
+  expect(__byte_perm(0x33221100u, 0x77665544u, 0x1404u) == 0x11440044u, "bytes");
   expect(__popc(0xf0u) == 4 && __popcll(~0ull) == 64 && __clz(1) == 31 && __clz(0) == 32 && __clzll(1) == 63, "counts");
   expect(__ffs(8) == 4 && __ffs(0) == 0 && __ffsll(1ll << 40) == 41 && __brev(1u) == 0x80000000u, "places");
   expect(__umulhi(0x80000000u, 6u) == 3 && __float_as_int(1.0f) == 0x3f800000, "words");
