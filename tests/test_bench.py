@@ -46,7 +46,7 @@ def check_document(document: dict[str, Any], cells: list[grid.Cell]) -> None:
     """Check the format that readers of the JSON rely on."""
     assert document["format"] == 1 and document["benchmark"] == "kernels"
     assert document["command"].startswith("nld bench kernels --")
-    assert {"torch", "nld_cuda", "commit", "device", "date", "cpu"} <= set(document["environment"])
+    assert {"torch", "commit", "library", "device", "cpu"} <= set(document["environment"])
     assert all(document["ceilings"][k] > 0 for k in ("copy_gbps", "matmul_tflops", "launch_us"))
     assert [row["name"] for row in document["rows"]] == [cell.name for cell in cells]
     for row in document["rows"]:
@@ -359,6 +359,19 @@ def test_targets_have_their_cells(name: str, limit: float) -> None:
         for us in (0.99 * limit, 1.01 * limit)
     ]
     assert found == [["met"], ["missed"]]
+
+
+def test_losses_are_listed() -> None:
+    name = "commit/b1/q32/v131072/bfloat16"
+    records = {
+        "a": {"status": "measured", "ratio": 0.9}, "b": {"status": "measured", "ratio": 1.1},
+        "read (sum)": {"status": "measured", "ratio": 0.5},
+    }  # fmt: skip
+    rows = [
+        row(name, 5, baselines=records),
+        row(name, 5, baselines={"c": records["a"] | {"ratio": 0.2}}),
+    ]
+    assert report.slower(rows) == [f"{name}: 0.20x c", f"{name}: 0.90x a"]
 
 
 def test_never_slower_than_a_rival() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib.metadata
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,9 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "nld_cuda": __version__,
         "commit": (source_tree() and _output(*describe)) or "unknown",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "library": hashlib.sha256(_library.LIBRARY_PATH.read_bytes()).hexdigest()[:12],
         "torch": torch.__version__,
+        "packages": dict(_versions()),
         "python": platform.python_version(),
         "device": device,
         "cpu": cpu_name(),
@@ -38,10 +43,23 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     if device == "cuda":
         info["gpu"] = torch.cuda.get_device_name()
         info["cuda"] = torch.version.cuda
+        info["cudnn"] = torch.backends.cudnn.version()
         query = "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit"
         smi = _output("nvidia-smi", query, "--format=csv,noheader", "-i", "0")
         info["driver, SM clock now, at most, power limit"] = smi or "unknown"
     return info
+
+
+# What is timed beside, or compiles it.
+PACKAGES = (
+    "triton", "flashinfer-python", "flash-attn", "flash-attn-3", "vllm", "sglang", "sgl-kernel",
+)  # fmt: skip
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
 
 
 def source_tree() -> Path | None:

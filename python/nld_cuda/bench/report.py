@@ -87,6 +87,18 @@ def _count(names: list[str]) -> str:
     return f"{len(names)} cells ({names[0]} ...)"
 
 
+def slower(rows: Iterable[Row]) -> list[str]:
+    """Name every row where a baseline wins, the largest loss first."""
+    found = [
+        (b["ratio"], f"{row['name']}: {b['ratio']:.2f}x {name}")
+        for row in rows
+        if row["status"] == "measured"
+        for name, b in targets.rivals(row).items()
+        if b["ratio"] < 1
+    ]
+    return [line for _, line in sorted(found)]
+
+
 def target_table(document: Mapping[str, Any]) -> str:
     """Lay out the targets."""
     return table(
@@ -123,6 +135,9 @@ def markdown(document: Mapping[str, Any], *, level: str = "###") -> str:
     parts = []
     for op in dict.fromkeys(row["op"] for row in rows):
         parts.append(f"{level} {op}\n\n{op_table([r for r in rows if r['op'] == op])}")
+    lost = slower(rows)
+    if lost:
+        parts.append("A baseline is faster:\n\n" + "\n".join(f"- {line}" for line in lost))
     left_out = not_run(rows)
     if left_out:
         parts.append("Not run:\n\n" + "\n".join(f"- {line}" for line in left_out))
