@@ -57,6 +57,7 @@ CELLS = {
     "one row": ONE_ROW, "blocks": BLOCKS, "chain": CHAIN, "ragged": RAGGED, "flags": FLAGS,
     "every": EVERY,
 }  # fmt: skip
+FP8 = replace(BLOCKS, kv_dtype=attention.FP8)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -114,7 +115,7 @@ def check(baseline: Baseline, problem: AttentionProblem) -> None:
 
 def problem(name: str) -> AttentionProblem:
     """Return a problem whose unused page-table entries are out of range."""
-    made = AttentionProblem(CELLS[name], CPU)
+    made = AttentionProblem(FP8 if name == "fp8" else CELLS[name], CPU)
     for b, count in enumerate(paging.page_counts(made.cell)):
         made.table[b, count:] = 1 << 30
     return made
@@ -154,19 +155,26 @@ class BatchPrefillWithPagedKVCacheWrapper:
         assert custom_mask is None or first == len(custom_mask)
         self.scale, self.dtypes = sm_scale, (q_data_type, kv_data_type)
 
-    def run(self, q: Tensor, paged_kv_cache: tuple[Tensor, Tensor], *, out: Tensor) -> Tensor:
+    def run(
+        self, q: Tensor, paged_kv_cache: tuple[Tensor, Tensor], *, k_scale: float | None = None,
+        v_scale: float | None = None, out: Tensor,
+    ) -> Tensor:  # fmt: skip
         k_cache, v_cache = paged_kv_cache
+        assert (k_scale is None) == (k_cache.dtype == q.dtype)
         assert (q.shape[1], k_cache.shape[2], q.shape[2]) == self.heads
         assert (q.dtype, k_cache.dtype) == self.dtypes
         for start, pages, keys, mask in self.requests:
-            k, v = (from_pages(cache, pages, keys) for cache in (k_cache, v_cache))
+            k, v = (
+                from_pages(cache, pages, keys).float() * (scale or 1.0)
+                for cache, scale in ((k_cache, k_scale), (v_cache, v_scale))
+            )
             rows = slice(start, start + len(mask))
             assert self.scale is not None
             out[rows] = attend(q[rows], k, v, mask, self.scale)
         return out
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", [*CELLS, "fp8"])
 def test_flashinfer(name: str, module: Any) -> None:
     wrapper = BatchPrefillWithPagedKVCacheWrapper
     module("flashinfer", BatchPrefillWithPagedKVCacheWrapper=wrapper)
@@ -273,7 +281,7 @@ def test_flash_attn_has_one_flag(baseline: Baseline) -> None:
     assert baseline.refuses(FLAGS, "cuda") == "has one causal flag for the whole batch"
     assert baseline.refuses(EVERY, "cuda") == "has causal and full masks only"
     assert baseline.refuses(replace(BLOCKS, dtype="float32"), "cuda") == "has no float32"
-    assert "fp8" in str(baseline.refuses(replace(BLOCKS, kv_dtype=attention.FP8), "cuda"))
+    assert "fp8" in str(baseline.refuses(FP8, "cuda"))
 
 
 # ---- vLLM, SGLang ----------------------------------------------------------------------------

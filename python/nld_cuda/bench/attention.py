@@ -63,12 +63,17 @@ class AttentionProblem:
         return torch.tensor(values, dtype=torch.int32).to(self.device)
 
     def quantise(self) -> None:
-        """Make the caches e4m3, with a scale per head that uses the whole range."""
+        """Make the caches e4m3, with scales that use the whole range.
+
+        They are equal for all heads, so that libraries with one scale a cache can be compared.
+        """
         for name in ("k", "v"):
             cache: Tensor = getattr(self, f"{name}_cache").float()
-            scale = cache.abs().amax((0, 1, 3)) / 448
-            setattr(self, f"{name}_cache", (cache / scale[:, None]).to(torch.float8_e4m3fn))
-            self.scales[f"{name}_scale"] = scale
+            scale = float(cache.abs().max()) / 448
+            setattr(self, f"{name}_cache", (cache / scale).to(torch.float8_e4m3fn))
+            self.scales[f"{name}_scale"] = torch.full(
+                (self.cell.kv_heads,), scale, device=self.device
+            )
 
     def run(self) -> Tensor:
         """Call our op into `out` and `lse`."""

@@ -53,6 +53,11 @@ def arguments(problem: AttentionProblem) -> tuple[tuple[object, ...], dict[str, 
     return positions, names
 
 
+def _scales(problem: AttentionProblem) -> dict[str, float]:
+    """Return its one scale of each fp8 cache; of ours all heads have the same."""
+    return {name: float(scale[0]) for name, scale in problem.scales.items()}
+
+
 def make(problem: AttentionProblem) -> Prepared:
     """Plan now, return the run."""
     import flashinfer
@@ -62,14 +67,13 @@ def make(problem: AttentionProblem) -> Prepared:
     wrapper.plan(*positions, **names)
     out = torch.empty_like(problem.q)
     caches = (problem.k_cache, problem.v_cache)
-    return Prepared(lambda: wrapper.run(problem.q, caches, out=out), lambda _: out)
+    scales = _scales(problem)
+    return Prepared(lambda: wrapper.run(problem.q, caches, out=out, **scales), lambda _: out)
 
 
 def _refuses(cell: grid.Attention, device: str) -> str | None:
     if cell.dtype not in ("bfloat16", "float16"):
         return f"has no {cell.dtype}"
-    if cell.kv_dtype != cell.dtype:
-        return "has one scale for the whole fp8 cache, not one per head"
     pairs = sum(r.rows * r.seq_len for r in cell.requests)
     if paging.one_flag(cell) and pairs > MOST_MASK_ELEMENTS:
         return f"its custom mask would hold {pairs} elements"
@@ -90,7 +94,8 @@ def make_decode(problem: AttentionProblem) -> Prepared:
     )  # fmt: skip
     out = torch.empty_like(problem.q)
     caches = (problem.k_cache, problem.v_cache)
-    return Prepared(lambda: wrapper.run(problem.q, caches, out=out), lambda _: out)
+    scales = _scales(problem)
+    return Prepared(lambda: wrapper.run(problem.q, caches, out=out, **scales), lambda _: out)
 
 
 def _decode_refuses(cell: grid.Attention, device: str) -> str | None:

@@ -84,7 +84,7 @@ def _refuses(cell: grid.Attention, device: str) -> str | None:
     if cell.dtype not in ("bfloat16", "float16"):
         return f"has no {cell.dtype}"
     if cell.kv_dtype != cell.dtype:
-        return "has one scale for the whole fp8 cache, not one per head"
+        return "takes the current rows' keys apart from the fp8 cache, unquantised"
     pairs = sum(r.rows * r.seq_len for r in cell.requests)
     if paging.one_flag(cell) and pairs > MOST_MASK_ELEMENTS:
         return f"its custom mask would hold {pairs} elements"

@@ -59,7 +59,7 @@ def _triton_refuses(cell: grid.Attention, device: str) -> str | None:
     if cell.dtype not in ("bfloat16", "float16"):
         return f"has no {cell.dtype}"
     if cell.kv_dtype != cell.dtype:
-        return "has one scale for the whole fp8 cache, not one per head"
+        return "fp8 caches: its scale arguments differ from version to version"
     if paging.modes(cell) & {MaskMode.BLOCK_CAUSAL, MaskMode.QUADRATIC}:
         return "has causal and full masks only"
     return None
