@@ -106,6 +106,23 @@ def test_cpu_run(tiny_grid: list[grid.Cell], capsys: Any, tmp_path: Path) -> Non
             assert row["num_runs"] == 11
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_gpu_run(tiny_grid: list[grid.Cell], capsys: Any, tmp_path: Path) -> None:
+    """Graphs, events, real ceilings: small cells with what is installed, flex left out."""
+    names = ",".join(n for n in suite.baseline_names() if n not in ("flex", "torch compiled"))
+    code, _, err = run(
+        capsys, "--device", "cuda", "--full", "--budget", "0.01", "--baselines", names, "--out",
+        str(tmp_path),
+    )  # fmt: skip
+    assert code == 0, err
+    document = json.loads((tmp_path / "kernels.json").read_text())
+    check_document(document, tiny_grid)
+    assert all(
+        row["eager_us"] > row["us"] for row in document["rows"] if row["status"] == "measured"
+    ), "a launch from the host takes longer than one in a graph"
+
+
 def test_same_cells_for_every_device_and_op(capsys: Any) -> None:
     code, out, _ = run(capsys, "--full", "--list")
     assert code == 0

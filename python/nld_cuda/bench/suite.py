@@ -87,8 +87,9 @@ class Suite:
 
     def run(self, cell: grid.Cell) -> dict[str, Any]:
         """Run a cell; a row comes of it whatever happens."""
-        row = describe(cell) | self.predict(cell)
+        row = describe(cell)
         try:
+            row |= self.predict(cell)
             row |= self._measure(cell)
         except NotRun as reason:
             row |= {"status": "not run", "reason": str(reason)}
