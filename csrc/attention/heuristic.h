@@ -2,10 +2,11 @@
 // SM, shared memory of a CTA, where keys are cut. Integers only, so that the device, the CPU and the Python reference
 // choose alike, bit for bit. Knows no torch.
 //
-// Times are nanoseconds of one GPU (H100: 3000 GB/s copied, 132 SMs; bfloat16, head_dim 128), but only their ratios
-// choose. An A100, an H200 or an RTX card differ by the same factor in memory and tensor cores, to about a third, so
-// one set serves them all: tests/test_heuristic.py asks the time model (benchmarks/time_model.py) what other cuts would
-// gain on each of them. benchmarks/tune.py measures that on a GPU and fits the constants.
+// Times are nanoseconds of one GPU (a Hopper, bfloat16, head_dim 128), but only their ratios choose. On an A100 or an
+// RTX card memory and tensor cores are slower by about one factor, so one set serves all: by the time model
+// (nld_cuda/bench/time_model.py), which runs real plans through a small machine, the cuts chosen here cost on average
+// 0.7 % more than the best ones, over mma.sync on H100, A100 and RTX 4090 and wgmma on H100 and H200
+// (tests/test_heuristic.py). No GPU has been asked yet: `python -m nld_cuda.bench.tune` does, and fits the constants.
 #pragma once
 
 #include <cstdint>
@@ -46,11 +47,17 @@ constexpr int attention_register_ctas(int head_dim, int tile_rows) {
   return tile_rows == 128 ? 1 : head_dim <= 64 ? 3 : 2;
 }
 
+// CTA c of n works on the pairs (item, kv head) c, 2n - 1 - c, 2n + c, 4n - 1 - c, ...: items come longest first, so
+// going back after going forth lets the CTA with the longest of one round have the shortest of the next. By the time
+// model within 2 % of taking the next free item, without a counter in memory that must be zero; c, n + c, 2n + c, ...
+// took 20 % longer on a prompt of 2048. The steps between a CTA's pairs alternate:
+NLD_HD int32_t attention_first_step(int32_t cta, int32_t num_ctas) { return 2 * (num_ctas - cta) - 1; }
+NLD_HD int32_t attention_next_step(int32_t step, int32_t num_ctas) { return 2 * num_ctas - step; }
+
 // ---- where keys are cut ----
 
-constexpr int32_t kPlanKeys = 64;           // splits that the plan chooses freely start at multiples of this
-constexpr int32_t kPlanCandidates = 256;    // ways to cut that are compared where the plan chooses
-constexpr int32_t kPlanMinSplitKeys = 256;  // at 128 rows a partial result is as large as 256 keys of bfloat16 K and V
+constexpr int32_t kPlanKeys = 64;         // splits that the plan chooses freely start at multiples of this
+constexpr int32_t kPlanCandidates = 256;  // ways to cut that are compared where the plan chooses
 
 NLD_HD int32_t plan_round_up(int64_t keys) {
   return static_cast<int32_t>((keys + kPlanKeys - 1) / kPlanKeys * kPlanKeys);
@@ -59,23 +66,23 @@ NLD_HD int32_t plan_round_up(int64_t keys) {
 // The k-th way to cut, k in [1, kPlanCandidates]: the longest tile in k splits, the others in splits of that length.
 NLD_HD int32_t plan_split_keys(int32_t longest, int32_t k) {
   const int32_t keys = plan_round_up((static_cast<int64_t>(longest) + k - 1) / k);
-  return keys > kPlanMinSplitKeys ? keys : kPlanMinSplitKeys;
+  return keys > kPlanKeys ? keys : kPlanKeys;
 }
 NLD_HD int64_t plan_num_splits(int32_t key_end, int32_t split_keys) {
   const int64_t splits = (static_cast<int64_t>(key_end) + split_keys - 1) / split_keys;
   return splits > 1 ? splits : 1;
 }
 
-// The constants of plan_cost. "Key": its K and V for one kv head, 512 bytes.
-constexpr int64_t kMemoryKeyNs = 23;    // 512 bytes at an SM's share of memory, 3000 / 132 = 22.7 GB/s
-constexpr int64_t kItemNs = 2000;       // a CTA's wait for plan, pages and first keys, and its epilogue
-constexpr int64_t kPartialRowNs = 25;   // (head_dim + 2) floats written and read at 42 GB/s: an SM's share of L2
+// The constants of plan_cost. A key: its K and V for one kv head, 512 bytes.
+constexpr int64_t kMemoryKeyNs = 20;    // at an SM's share of memory: 512 B / (3000 GB/s / 132) = 23 (H100), 16 (H200)
+constexpr int64_t kItemNs = 2000;       // a CTA waits for plan, pages and first keys; and its epilogue
+constexpr int64_t kPartialRowNs = 25;   // (head_dim + 2) floats written and read at an SM's share of L2, 42 GB/s
 constexpr int64_t kMergeNs = 1000;      // partial results seen by who merges them, however few
 constexpr int64_t kOverlapDivisor = 4;  // of the shorter of memory and arithmetic a quarter shows
 
-// A key in a CTA that memory does not hold back: tensor cores (128 rows: mma.sync 25, wgmma 13), or 32 KiB under way
-// per microsecond and a half.
-NLD_HD int64_t attention_key_ns(int32_t tile_rows) { return tile_rows == 128 ? 20 : 13; }
+// A key in a CTA that memory does not hold back. 128 rows: tensor cores, 25 by mma.sync and 15 by wgmma; fewer rows: 32
+// KiB under way a microsecond.
+NLD_HD int64_t attention_key_ns(int32_t tile_rows) { return tile_rows == 128 ? 20 : 16; }
 
 // One way to cut a batch.
 struct PlanCut {

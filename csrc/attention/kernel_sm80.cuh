@@ -1,8 +1,8 @@
 // block_attention on tensor cores by mma.sync and cp.async, for every GPU from sm_80.
 //
 // A CTA works through items of the plan (a tile of 16, 64 or 128 packed rows, a range of keys), one kv head at a time;
-// the grid is as many CTAs as the GPU holds, CTA c takes the pairs (item, kv head) c, c + grid, ... : heads of an item
-// run side by side and share its pages in L2. Longest items come first, so the CTAs end together.
+// the grid is as many CTAs as the GPU holds, which go through the pairs (item, kv head) forth and back: heads of an
+// item run side by side and share its pages in L2. Longest items come first, so the CTAs end together.
 //
 // Traffic: K and V of every tile that some row sees, 2 * 64 * head_dim * 2 bytes, once per row tile, straight from the
 // pages; q and out once; split items write (head_dim + 2) * 4 bytes a row instead. 128 rows do 128 multiplications per
@@ -315,13 +315,16 @@ __global__ void __launch_bounds__(TileShape<kHeadDim, kTileRows, Kv>::kThreads,
   const Plan plan = plan_view(p.op.plan, p.op.plan_shape.max_tiles);
   NLD_DEVICE_CHECK(plan_fits(*plan.header, p.op.plan_shape), "the plan was made for these sizes");
   const int num_kv_heads = static_cast<int>(p.op.num_kv_heads);
+  const int num_ctas = static_cast<int>(gridDim.x);
+  int step = attention_first_step(static_cast<int>(blockIdx.x), num_ctas);
   for (int work = blockIdx.x;;) {
     const int index = work / num_kv_heads, kv_head = work % num_kv_heads;
     // Read before it is known to exist, so that the two reads overlap.
     const PlanItem item = plan.items[min(index, p.op.plan_shape.max_items - 1)];
     if (index >= plan.header->num_items) break;
     ItemWorker<T, Shape>(p, sm, index, item, kv_head).run(item.key_begin);
-    work = index * num_kv_heads + kv_head + gridDim.x;
+    work = index * num_kv_heads + kv_head + step;
+    step = attention_next_step(step, num_ctas);
   }
 }
 

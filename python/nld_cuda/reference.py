@@ -222,7 +222,7 @@ def attention_plan(
     # that takes least by the model of time of csrc/attention/heuristic.h, in nanoseconds.
     longest_tile = max((end for *_, end in tiles), default=0)
     total_keys = sum(end for *_, end in tiles)
-    ctas, key_ns = (1, 20) if tile_rows == 128 else (2, 13)
+    ctas, key_ns = (1, 20) if tile_rows == 128 else (2, 16)
 
     def cost(keys: int) -> float:
         num_items = sum(max(-(-end // keys), 1) for *_, end in tiles)
@@ -232,12 +232,12 @@ def attention_plan(
         longest_item, waves = min(keys, longest_tile), -(-num_items // wave)
         packed = total_keys // wave + total_keys // max(num_items, 1)
         arithmetic = key_ns * max(min(waves * longest_item, packed), longest_item)
-        memory = total_keys * ctas * 23 // wave
+        memory = total_keys * ctas * 20 // wave
         busy = max(arithmetic, memory) + min(arithmetic, memory) // 4
         partials = 1000 + cuts * tile_rows * ctas * 25 // wave if cuts > 0 else 0
         return busy + waves * 2000 + partials
 
-    ways = [max(-(-longest_tile // k), 256) for k in range(1, 257)]
+    ways = [max(-(-longest_tile // k), 64) for k in range(1, 257)]
     share = min((-(-keys // 64) * 64 for keys in ways), key=cost)  # the first of equal cost
     tile_words: list[list[int]] = []
     split_tiles: list[int] = []

@@ -63,6 +63,7 @@ class Attention:
         headline: one of the few that a short run measures.
         dtype: of q and out.
         kv_dtype: of the caches.
+        extra_rows: rows of q behind the last request's, that belong to nobody.
     """
 
     name: str
@@ -75,10 +76,11 @@ class Attention:
     page_size: int = 16
     dtype: str = "bfloat16"
     kv_dtype: str = "bfloat16"
+    extra_rows: int = 0
 
     @property
     def total_q(self) -> int:
-        return sum(r.rows for r in self.requests)
+        return sum(r.rows for r in self.requests) + self.extra_rows
 
     @property
     def max_seq_len(self) -> int:
