@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py where there is no GPU: sections, time limits, reports; the traffic model."""
+"""scripts/gpu_check.py where there is no GPU: sections, time limits, reports; bytes of attention."""
 
 from __future__ import annotations
 
@@ -103,15 +103,3 @@ def test_traffic_of_attention() -> None:
     assert work.flops == 3 * 524288 * 1000
     prompt = traffic.attention([(100, 1000)], 32, 8, 128, 2, 1)  # 400 packed rows: 4 tiles
     assert prompt.num_bytes - prompt.floor_bytes == 3 * 4096 * 1000
-
-
-def test_predictions() -> None:
-    h100 = traffic.gpu_named("NVIDIA H100 80GB HBM3", 1.0)
-    assert h100 is traffic.GPUS["H100"]
-    assert traffic.gpu_named("another", 123.0).copy_gbps == 123.0
-    read = traffic.commit(32, 131072, 2)
-    launch = traffic.FIRST_LAUNCH_US
-    assert traffic.predicted_us(read, h100) == pytest.approx(launch + 32 * 131072 * 2 / 3e6)
-    # 128 packed rows on mma.sync: the tensor cores take longer than memory
-    block = traffic.attention([(32, 32768)], 32, 8, 128, 2, 32 * 32768, launches=1)
-    assert traffic.predicted_us(block, h100) == pytest.approx(launch + 524288 * 32768 / 350e6)

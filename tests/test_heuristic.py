@@ -100,7 +100,7 @@ def test_tile_rows_grow_with_the_rows() -> None:
     assert [chosen.index(rows) + 1 for rows in (16, 64, 128)] == [1, 5, 17]
 
 
-WGMMA = replace(time_model.SM80, name="wgmma", wgmma=True)
+WGMMA = replace(time_model.SM80, name="wgmma", products="wgmma")
 MACHINES = [
     ("H100", time_model.SM80), ("A100", time_model.SM80), ("RTX 4090", time_model.SM80),
     ("H100", WGMMA), ("H200", WGMMA),

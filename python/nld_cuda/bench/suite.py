@@ -9,13 +9,12 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nld_cuda.bench import append, attention, commit, grid, traffic, verify
+from nld_cuda.bench import append, attention, commit, grid, time_model, traffic, verify
 from nld_cuda.bench.base import Baseline, NotRun, Prepared, copy_of
 from nld_cuda.bench.baselines.attention import BASELINES as ATTENTION_BASELINES
 from nld_cuda.bench.ceilings import Ceilings
@@ -281,12 +280,13 @@ def free_bytes(device: torch.device) -> float:
 
 def time_model_prediction(gpu_name: str, ceilings: Ceilings, num_sms: int) -> Any:
     """Return what predicts cells on a GPU."""
-    gpu = traffic.gpu_named(gpu_name, ceilings.copy_gbps)
+    gpu = time_model.gpu_named(gpu_name, ceilings.copy_gbps, num_sms)
 
-    def predict(cell: grid.Cell, gpu: traffic.Gpu) -> dict[str, Any]:
-        return {"predicted_us": traffic.predicted_us(traffic.of(cell), gpu)}
+    def predict(cell: grid.Cell) -> dict[str, Any]:
+        made = time_model.predict(cell, gpu)
+        return {"predicted_us": made.us, "predicted_bound": made.bound}
 
-    return partial(predict, gpu=gpu)
+    return predict
 
 
 def document(

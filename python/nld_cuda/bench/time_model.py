@@ -45,6 +45,7 @@ class Gpu:
             A100; RTX: 90 % of the datasheet; B200: guess.
         wgmma_tflops: of warpgroup products in attention, 0 where there are none. Others:
             FlashAttention-3 620 at 16k causal; ours is given a tenth less.
+        fma_tflops: of float32 in the general kernel: a quarter of the datasheet, a guess.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Gpu:
     l2_gbps: float
     mma_tflops: float
     wgmma_tflops: float = 0.0
+    fma_tflops: float = 15.0
 
 
 GPUS = {
@@ -61,7 +63,7 @@ GPUS = {
     for gpu in (
         Gpu("H100", 132, 1.70, 3000, 5500, 350, 560),
         Gpu("H200", 132, 1.70, 4300, 5500, 350, 560),
-        Gpu("A100", 108, 1.41, 1750, 4000, 220),
+        Gpu("A100", 108, 1.41, 1750, 4000, 220, fma_tflops=5),
         Gpu("RTX 4090", 128, 2.50, 900, 5000, 150),
         Gpu("B200", 148, 1.80, 7000, 10000, 450),
     )
@@ -95,26 +97,27 @@ class Kernel:
     """Of an attention kernel what the model needs, by rows of a tile.
 
     Attributes:
-        wgmma: products by warpgroups; else mma.sync.
+        products: mma, wgmma or fma: what computes them.
         in_flight: bytes of K and V on their way to a CTA.
         combine: a second kernel merges partial results; "dependent": started early.
     """
 
     name: str
-    wgmma: bool
+    products: str
     in_flight: dict[int, int]
     ctas_per_sm: dict[int, int]
     combine: str = "kernel"  # kernel, dependent, inside
 
 
 # Rings of csrc/attention/heuristic.h, less the slot that is being multiplied.
-SM80 = Kernel("sm80", False, {16: 32 << 10, 64: 32 << 10, 128: 64 << 10}, {16: 2, 64: 2, 128: 1})
-KERNELS = {"sm80": SM80}
+SM80 = Kernel("sm80", "mma", {16: 32 << 10, 64: 32 << 10, 128: 64 << 10}, {16: 2, 64: 2, 128: 1})
+SIMT = Kernel("simt", "fma", {16: 16 << 10}, {16: 2})
+SIMT_ROWS = 16  # of a CTA of the general kernel, whatever the plan's tiles
 
 
 def kernel_of(gpu: Gpu, cell: grid.Attention, tile_rows: int) -> Kernel:
-    """The kernel that block_attention picks."""
-    return SM80
+    """The kernel that block_attention picks (csrc/attention/op.cpp)."""
+    return SIMT if cell.dtype == "float32" else SM80
 
 
 # ---- attention -------------------------------------------------------------------------------
@@ -155,9 +158,10 @@ def machine(gpu: Gpu, kernel: Kernel, cell: grid.Attention, rows: int, pairs: in
     key_bytes = 2 * cell.head_dim * element
     num_ctas = max(min(pairs, gpu.sms * kernel.ctas_per_sm[rows]), 1)
     beside = max(num_ctas / gpu.sms, 1.0)  # CTAs that share an SM
-    tflops = gpu.wgmma_tflops if kernel.wgmma else gpu.mma_tflops
+    tflops = {"mma": gpu.mma_tflops, "wgmma": gpu.wgmma_tflops, "fma": gpu.fma_tflops}
+    rate = tflops[kernel.products] * 1e3 / gpu.sms
     own = {
-        "tensor": 4 * rows * cell.head_dim * beside / (tflops * 1e3 / gpu.sms),
+        "tensor": 4 * rows * cell.head_dim * beside / rate,
         "exp": rows * beside / (EXP_PER_CLOCK * gpu.clock_ghz),
         "latency": key_bytes
         / min(LATENCY.sm_gbps / beside, kernel.in_flight[rows] / (LATENCY.load * 1e3)),
@@ -197,27 +201,15 @@ def run_items(m: Machine, keys: Sequence[float], tails_ns: Sequence[float]) -> f
     return last
 
 
-def attention_work(cell: grid.Attention) -> traffic.Work:
-    """Bytes and products by the formulas of docs/attention.md."""
-    element = grid.ELEMENT_BYTES[cell.kv_dtype]
-    token = 2 * cell.kv_heads * cell.head_dim * element
-    q_and_out = 2 * cell.total_q * cell.heads * cell.head_dim * grid.ELEMENT_BYTES[cell.dtype]
-    floor = sum(seen_keys(r) for r in cell.requests) * token + q_and_out
-    flops = 4.0 * cell.visible_pairs * cell.heads * cell.head_dim
-    return traffic.Work(floor + 4 * cell.total_q * cell.heads, floor, flops)
-
-
-def seen_keys(r: grid.Request) -> int:
-    """Keys that some row of the request sees."""
-    return r.seq_len if r.rows else 0
-
-
 def attention(cell: grid.Attention, gpu: Gpu, plan: Plan | None = None) -> Prediction:
     """Predict block_attention for a plan; none: the one that it would make."""
     plan = plan_of(cell, gpu.sms) if plan is None else plan
     rows, heads = plan.tile_rows, cell.kv_heads
-    work = attention_work(cell)
+    work = traffic.of(cell)
     kernel = kernel_of(gpu, cell, rows)
+    if kernel is SIMT:  # each 16 rows of an item are a CTA
+        rows = SIMT_ROWS
+        heads *= plan.tile_rows // rows
     m = machine(gpu, kernel, cell, rows, len(plan.items) * heads)
     key_bytes = 2 * cell.head_dim * grid.ELEMENT_BYTES[cell.kv_dtype]
     row_bytes = cell.head_dim * grid.ELEMENT_BYTES[cell.dtype]
@@ -225,7 +217,7 @@ def attention(cell: grid.Attention, gpu: Gpu, plan: Plan | None = None) -> Predi
     keys, tails = [], []
     asked = 0.0
     for tile, _, begin, end in plan.items:
-        num_rows, splits = plan.tiles[tile][2], plan.tiles[tile][4]
+        num_rows, splits = min(plan.tiles[tile][2], rows), plan.tiles[tile][4]
         steps = -(-(end - begin) // KEY_STEP) * KEY_STEP
         extra = num_rows * row_bytes * (1 if splits > 1 else 2) / key_bytes  # q, and out
         tail = LATENCY.epilogue * 1e3 + (num_rows * partial_ns if splits > 1 else 0.0)
@@ -241,12 +233,12 @@ def attention(cell: grid.Attention, gpu: Gpu, plan: Plan | None = None) -> Predi
     if kernel.combine != "inside":
         us += LATENCY.next_kernel if kernel.combine == "kernel" else LATENCY.dependent_kernel
     if plan.num_slots:
-        rows_read = sum(t[2] * t[4] for t in plan.tiles if t[4] > 1) * heads
+        rows_read = sum(t[2] * t[4] for t in plan.tiles if t[4] > 1) * cell.kv_heads
         us += LATENCY.merge + rows_read * (cell.head_dim + 2) * 4 / gpu.l2_gbps / 1e3
     busy = {m.bounds[0]: m.key_ns * sum(keys) / m.num_ctas, shared: m.shared_key_ns * sum(keys)}
     longest = max(busy, key=lambda name: busy[name])
     choice = {
-        "kernel": kernel.name, "tile_rows": rows, "ctas": m.num_ctas,
+        "kernel": kernel.name, "tile_rows": plan.tile_rows, "ctas": m.num_ctas,
         "items": len(plan.items), "splits": plan.splits,
         "longest": max((end - begin for *_, begin, end in plan.items), default=0),
     }  # fmt: skip
@@ -264,50 +256,31 @@ def _streamed(
 ) -> Prediction:
     """Bytes and arithmetic side by side on all SMs, then what is latency."""
     parts = {
-        "memory": work.floor_bytes / gpu.copy_gbps / 1e3,
+        "memory": work.num_bytes / gpu.copy_gbps / 1e3,
         "exp": exps / (EXP_PER_CLOCK * gpu.clock_ghz * gpu.sms) / 1e3,
         "alu": instructions / (LANES_PER_CLOCK * gpu.clock_ghz * gpu.sms) / 1e3,
     }
     bound = max(parts, key=lambda name: parts[name])
     us = parts[bound] + latency_us
     bound = bound if parts[bound] > us / 2 else "latency"
-    return Prediction(us, bound, parts["memory"], work.floor_bytes)
+    return Prediction(us, bound, work.floor_bytes / gpu.copy_gbps / 1e3, work.floor_bytes)
 
 
 def commit(cell: grid.Commit, gpu: Gpu) -> Prediction:
     ids = cell.judged_rows * cell.vocab
-    work = traffic.commit(cell.judged_rows, cell.vocab, grid.ELEMENT_BYTES[cell.dtype])
     latency = LATENCY.kernel + LATENCY.first_keys + LATENCY.finish
     draws = DRAW_INSTRUCTIONS * ids if cell.temperature > 0 else 0
-    return _streamed(gpu, work, latency, ids, draws)
+    return _streamed(gpu, traffic.of(cell), latency, ids, draws)
 
 
 def verify(cell: grid.Verify, gpu: Gpu) -> Prediction:
-    element = grid.ELEMENT_BYTES[cell.dtype]
-    work = traffic.verify(cell.rows_read, cell.vocab, element, cell.residual_rows)
     latency = LATENCY.kernel + LATENCY.first_keys + LATENCY.finish
     if cell.draft_probs:
         latency += LATENCY.next_kernel + (LATENCY.finish if cell.residual_rows else 0.0)
-    draws = cell.mode != VerifyMode.GREEDY
     ids = cell.rows_read * cell.vocab
-    exps = ids if cell.mode == VerifyMode.REJECTION else 0
-    return _streamed(gpu, work, latency, exps, DRAW_INSTRUCTIONS * ids if draws else 0)
-
-
-def append(cell: grid.Append, gpu: Gpu) -> Prediction:
-    element, kv = grid.ELEMENT_BYTES[cell.dtype], grid.ELEMENT_BYTES[cell.kv_dtype]
-    read = cell.tokens * (cell.heads + 2 * cell.kv_heads) * cell.head_dim * element
-    written = cell.tokens * (cell.heads * element + 2 * cell.kv_heads * kv) * cell.head_dim
-    return _streamed(
-        gpu, traffic.Work(read + written, read + written), LATENCY.kernel + LATENCY.first_keys
-    )
-
-
-def compact(cell: grid.Compact, gpu: Gpu) -> Prediction:
-    model = grid.MODELS[cell.model]
-    element = grid.ELEMENT_BYTES[cell.dtype]
-    work = traffic.compact(cell.moved, model.layers, model.kv_heads, model.head_dim, element)
-    return _streamed(gpu, work, LATENCY.kernel + LATENCY.first_keys)
+    draws = ids * (cell.mode != VerifyMode.GREEDY)
+    exps = ids * (cell.mode == VerifyMode.REJECTION)
+    return _streamed(gpu, traffic.of(cell), latency, exps, DRAW_INSTRUCTIONS * draws)
 
 
 def predict(cell: grid.Cell, gpu: Gpu) -> Prediction:
@@ -318,7 +291,7 @@ def predict(cell: grid.Cell, gpu: Gpu) -> Prediction:
         return commit(cell, gpu)
     if isinstance(cell, grid.Verify):
         return verify(cell, gpu)
-    return append(cell, gpu) if isinstance(cell, grid.Append) else compact(cell, gpu)
+    return _streamed(gpu, traffic.of(cell), LATENCY.kernel + LATENCY.first_keys)
 
 
 def gpu_named(name: str, copy_gbps: float = 0.0, sms: int = 0) -> Gpu:

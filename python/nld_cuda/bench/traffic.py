@@ -1,4 +1,4 @@
-"""What every op must move and compute by its own formula, and the time that predicts on a GPU.
+"""What every op must move and compute by its own formula; time_model.py makes times of it.
 
 The byte counts are those of docs/attention.md, sampler.md and verify.md: each key and value once
 for every 128 packed rows, logits once. The floor counts what must come from memory (K/V once; more
@@ -31,20 +31,6 @@ class Work:
     num_bytes: float
     flops: float = 0.0
     launches: int = 1
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Measured rates: a copy (read + written), and what mma.sync reaches in attention."""
-
-    copy_gbps: float
-    mma_tflops: float
-
-
-# Copies as measured on such machines; mma.sync is recalled (FlashAttention-2 on Hopper).
-GPUS = {"H100": Gpu(3000, 350), "H200": Gpu(4300, 350)}
-# Start of a kernel in a graph to its first load's return, and back; each further dependent kernel.
-FIRST_LAUNCH_US, NEXT_LAUNCH_US = 4.0, 2.5
 
 
 def attention(
@@ -125,47 +111,3 @@ def of(cell: grid.Cell) -> Work:
     model = grid.MODELS.get(cell.model, grid.MODEL)
     element = grid.ELEMENT_BYTES[cell.dtype]
     return compact(cell.moved, cell.num_layers, model.kv_heads, model.head_dim, element)
-
-
-def predicted_us(work: Work, gpu: Gpu) -> float:
-    """Bandwidth or tensor cores, whichever is longer, and the launches."""
-    memory = work.floor_bytes / gpu.copy_gbps / 1e3
-    compute = work.flops / gpu.mma_tflops / 1e6
-    return max(memory, compute) + FIRST_LAUNCH_US + NEXT_LAUNCH_US * (work.launches - 1)
-
-
-def gpu_named(name: str, copy_gbps: float) -> Gpu:
-    """Return the rates of a device by its name; of one not listed, its own copy."""
-    found = next((gpu for key, gpu in GPUS.items() if key in name), None)
-    return found or Gpu(copy_gbps, 100)
-
-
-def _table() -> str:
-    """The predictions for the shapes of an 8B model, as docs/gpu.md shows them."""
-    vocab, heads, kv_heads, dim = 131072, 32, 8, 128
-
-    def block(batch: int, rows: int, context: int) -> Work:
-        pairs = batch * rows * context
-        return attention([(rows, context)] * batch, heads, kv_heads, dim, 2, pairs)
-
-    cases = {f"attention 1 x 32 rows, {n} keys": block(1, 32, n) for n in (1024, 4096, 32768)}
-    cases |= {f"attention 8 x 32 rows, {n} keys": block(8, 32, n) for n in (4096, 16384)}
-    cases |= {f"attention 1 x 1 row, {n} keys": block(1, 1, n) for n in (1024, 32768)}
-    cases |= {
-        "commit 32 x 131072 bfloat16": commit(32, vocab, 2),
-        "commit 32 x 131072 float32": commit(32, vocab, 4),
-        "verify greedy 32 x 131072 bfloat16": verify(32, vocab, 2),
-        "verify rejection 32 x 131072 float32, one residual": verify(32, vocab, 4, 1, 2),
-        "append 32 tokens bfloat16": rope_append(32, heads, kv_heads, dim, 2),
-        "append 1024 tokens bfloat16": rope_append(1024, heads, kv_heads, dim, 2),
-        "compact 15 entries, 26 layers bfloat16": compact(15, 26, kv_heads, dim, 2),
-    }
-    lines = ["| call | bytes | H100 | H200 |", "|---|---|---|---|"]
-    for name, work in cases.items():
-        times = " | ".join(f"{predicted_us(work, gpu):.1f} us" for gpu in GPUS.values())
-        lines.append(f"| {name} | {work.floor_bytes / 1e6:.2f} MB | {times} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(_table())
