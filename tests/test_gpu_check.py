@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py where there is no GPU: sections, time limits, reports; bytes of attention."""
+"""scripts/gpu_check.py without a GPU: sections, time limits, reports; bytes of attention."""
 
 from __future__ import annotations
 

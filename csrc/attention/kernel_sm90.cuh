@@ -2,7 +2,7 @@
 //
 // A CTA has a producer warpgroup and one consumer warpgroup per 64 rows. It works through items of the plan, one kv
 // head at a time, as kernel_sm80.cuh does: the same plan, masks, partials and results; the grid is as many CTAs as the
-// GPU holds, CTA c takes the pairs (item, kv head) c, c + grid, ...
+// GPU holds, which go through the pairs (item, kv head) forth and back.
 //
 // Traffic: K and V of every tile of 128 keys that some row sees, 2 * 128 * head_dim * 2 bytes, once per row tile; q and
 // out once; split items write (head_dim + 2) * 4 bytes a row instead.
@@ -20,18 +20,21 @@
 
 namespace nld {
 
-// Calls work(index, item, kv_head) for the CTA's share of the plan.
+// Calls work(index, item, kv_head) for the CTA's share of the plan, forth and back (heuristic.h).
 template <class Work>
 __device__ __forceinline__ void for_each_item(const MmaParams& p, const Work& work) {
   const Plan plan = plan_view(p.op.plan, p.op.plan_shape.max_tiles);
   const int num_kv_heads = static_cast<int>(p.op.num_kv_heads);
+  const int num_ctas = static_cast<int>(gridDim.x);
+  int step = attention_first_step(static_cast<int>(blockIdx.x), num_ctas);
   for (int at = blockIdx.x;;) {
     const int index = at / num_kv_heads, kv_head = at % num_kv_heads;
     // Read before it is known to exist, so that the two reads overlap.
     const PlanItem item = plan.items[min(index, p.op.plan_shape.max_items - 1)];
     if (index >= plan.header->num_items) break;
     work(index, item, kv_head);
-    at = index * num_kv_heads + kv_head + gridDim.x;
+    at = index * num_kv_heads + kv_head + step;
+    step = attention_next_step(step, num_ctas);
   }
 }
 

@@ -89,7 +89,6 @@ LATENCY = Latency()
 EXP_PER_CLOCK = 16  # of an SM: the instruction tables of the programming guide
 LANES_PER_CLOCK = 128  # plain instructions of an SM, times lanes: same
 DRAW_INSTRUCTIONS = 20  # an id of a row that is drawn from: Philox where it might win; guess
-KEY_STEP = 64  # keys of a tile: the last step of an item is a whole one
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,7 @@ class Kernel:
         products: mma, wgmma or fma: what computes them.
         in_flight: bytes of K and V on their way to a CTA.
         combine: a second kernel merges partial results; "dependent": started early.
+        step: keys of a tile in shared memory: the last products of an item are of a whole one.
     """
 
     name: str
@@ -107,17 +107,21 @@ class Kernel:
     in_flight: dict[int, int]
     ctas_per_sm: dict[int, int]
     combine: str = "kernel"  # kernel, dependent, inside
+    step: int = 64
 
 
-# Rings of csrc/attention/heuristic.h, less the slot that is being multiplied.
+# Rings of csrc/attention, less the slot that is being multiplied.
 SM80 = Kernel("sm80", "mma", {16: 32 << 10, 64: 32 << 10, 128: 64 << 10}, {16: 2, 64: 2, 128: 1})
+SM90 = Kernel("sm90", "wgmma", {64: 64 << 10, 128: 160 << 10}, {64: 2, 128: 1}, step=128)
 SIMT = Kernel("simt", "fma", {16: 16 << 10}, {16: 2})
 SIMT_ROWS = 16  # of a CTA of the general kernel, whatever the plan's tiles
 
 
 def kernel_of(gpu: Gpu, cell: grid.Attention, tile_rows: int) -> Kernel:
     """The kernel that block_attention picks (csrc/attention/op.cpp)."""
-    return SIMT if cell.dtype == "float32" else SM80
+    if cell.dtype == "float32" or cell.kv_dtype != cell.dtype:
+        return SIMT
+    return SM90 if gpu.wgmma_tflops > 0 and tile_rows >= 64 else SM80
 
 
 # ---- attention -------------------------------------------------------------------------------
@@ -218,7 +222,7 @@ def attention(cell: grid.Attention, gpu: Gpu, plan: Plan | None = None) -> Predi
     asked = 0.0
     for tile, _, begin, end in plan.items:
         num_rows, splits = min(plan.tiles[tile][2], rows), plan.tiles[tile][4]
-        steps = -(-(end - begin) // KEY_STEP) * KEY_STEP
+        steps = -(-(end - begin) // kernel.step) * kernel.step
         extra = num_rows * row_bytes * (1 if splits > 1 else 2) / key_bytes  # q, and out
         tail = LATENCY.epilogue * 1e3 + (num_rows * partial_ns if splits > 1 else 0.0)
         keys += [steps + extra] * heads
