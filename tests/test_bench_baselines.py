@@ -187,6 +187,13 @@ def test_flashinfer(name: str, module: Any) -> None:
 class BatchDecodeWithPagedKVCacheWrapper(BatchPrefillWithPagedKVCacheWrapper):
     """FlashInfer's for one row a request, by its documentation."""
 
+    def __init__(
+        self, float_workspace_buffer: Tensor, kv_layout: str = "NHD", use_cuda_graph: bool = False,
+        use_tensor_cores: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(float_workspace_buffer, kv_layout)
+        assert use_tensor_cores and not use_cuda_graph
+
     def plan(  # type: ignore[override]
         self, indptr: Tensor, indices: Tensor, last_page_len: Tensor, num_qo_heads: int,
         num_kv_heads: int, head_dim: int, page_size: int, *, q_data_type: Any = "float16",

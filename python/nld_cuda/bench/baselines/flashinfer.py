@@ -81,11 +81,13 @@ def _refuses(cell: grid.Attention, device: str) -> str | None:
 
 
 def make_decode(problem: AttentionProblem) -> Prepared:
-    """One row a request: its own kernels for that, without tensor cores."""
+    """One row a request: its decode, on tensor cores as it advises for shared K/V heads."""
     import flashinfer
 
     cell, device = problem.cell, problem.device
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(_workspace(device), "NHD")
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        _workspace(device), "NHD", use_tensor_cores=True
+    )
     wrapper.plan(
         paging.kv_indptr(paging.page_counts(cell)).to(device),
         paging.page_indices(cell, problem.table), paging.last_page_lens(cell).to(device),
