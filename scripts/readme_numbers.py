@@ -1,4 +1,4 @@
-"""Write the tables of README and docs/benchmarks.md from benchmarks/results, or check them.
+"""Write the tables of README, docs/benchmarks.md and docs/gpu.md, or check them.
 
 Usage: python scripts/readme_numbers.py [--check]
 """
@@ -16,11 +16,15 @@ ROOT = Path(__file__).parent.parent.resolve()
 sys.path[:0] = [str(ROOT / "python"), str(ROOT / "benchmarks")]
 
 from bench_build import readable as build_tables  # noqa: E402
+from nld_cuda.bench import grid  # noqa: E402
+from nld_cuda.bench.ceilings import Ceilings  # noqa: E402
 from nld_cuda.bench.report import markdown  # noqa: E402
-from nld_cuda.bench.targets import rivals  # noqa: E402
+from nld_cuda.bench.suite import describe  # noqa: E402
+from nld_cuda.bench.targets import check, rivals  # noqa: E402
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- numbers: scripts/readme_numbers.py writes this part -->", "<!-- end -->"
+BEGIN_PREDICTIONS = "<!-- predictions: scripts/readme_numbers.py writes this part -->"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -122,12 +126,58 @@ def details() -> Iterator[str]:
         yield f"{env['cpu']}, {env['num_cpus']} cores, {env['date'][:10]}, commit {env['commit']}"
 
 
-def main() -> None:
-    head, _, rest = README.read_text().partition(BEGIN)
+def predictions() -> Iterator[str]:
+    """Lay out what the model says of the headline cells, and of the targets."""
+    names = ("h100", "h200")
+    documents = [load(f"predictions_{name}") for name in names]
+    gpus = [d["gpu"]["name"] for d in documents]
+    yield "| cell | MB | " + " | ".join(f"{gpu} | bound" for gpu in gpus) + " |"
+    yield "|---" * (2 + 2 * len(gpus)) + "|"
+    rows = [{row["name"]: row for row in d["rows"]} for d in documents]
+    for cell in (c for c in grid.CELLS if c.headline):
+        mine = [r[cell.name] for r in rows]
+        cells = " | ".join(f"{r['us']:.1f} us | {r['bound']}" for r in mine)
+        yield f"| {cell.name} | {mine[0]['floor_bytes'] / 1e6:.2f} | {cells} |"
+    yield ""
+    yield "The targets, by the model (the worst cell of each; what rivals take it does not know):"
+    yield ""
+    yield "| target | goal | " + " | ".join(f"{gpu} | verdict" for gpu in gpus) + " |"
+    yield "|---" * (2 + 2 * len(gpus)) + "|"
+    for judged in zip(*(predicted_targets(d) for d in documents), strict=True):
+        if all("worst" in target for target in judged):
+            cells = " | ".join(f"{t['worst']:.3g} | {t['verdict']}" for t in judged)
+            yield f"| {judged[0]['target']} | {judged[0]['goal']} | {cells} |"
+
+
+def predicted_targets(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Judge the targets by predictions as if they were measured."""
+    gpu = document["gpu"]
+    roofs = Ceilings(
+        gpu["copy_gbps"], gpu["copy_gbps"], gpu["l2_gbps"], gpu["wgmma_tflops"],
+        document["latency_us"]["kernel"],
+    )  # fmt: skip
+    rows = []
+    for made in document["rows"]:
+        row = describe(grid.BY_NAME[made["name"]]) | {"status": "measured", "us": made["us"]}
+        row["percent_of_copy"] = 100 * row["floor_bytes"] / made["us"] / 1e3 / roofs.copy_gbps
+        row["tflops"] = row["flops"] / made["us"] / 1e6
+        rows.append(row)
+    return check(rows, roofs, gpu["name"])
+
+
+def between(text: str, begin: str, new: str) -> str:
+    """Replace what stands between a marker and the end of its part."""
+    head, _, rest = text.partition(begin)
     _, _, tail = rest.partition(END)
+    return f"{head}{begin}\n{new}\n{END}{tail}"
+
+
+def main() -> None:
     numbers = "\n".join([*decoding(), "", *summary()])
+    gpu_page = ROOT / "docs/gpu.md"
     pages = {
-        README: f"{head}{BEGIN}\n{numbers}\n{END}{tail}",
+        README: between(README.read_text(), BEGIN, numbers),
+        gpu_page: between(gpu_page.read_text(), BEGIN_PREDICTIONS, "\n".join(predictions())),
         ROOT / "docs/benchmarks.md": "\n".join(details()) + "\n",
     }
     for path, new in pages.items():
