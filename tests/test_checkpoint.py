@@ -68,7 +68,7 @@ def test_layouts(prefix: str, shards: int, tmp_path: Path) -> None:
     assert model.num_parameters == sum(t.numel() for t in weights.values())
     assert model.num_bytes == 4 * model.num_parameters
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
-    assert len(calls) == len(weights) and calls[-1] == (model.num_bytes, model.num_bytes)
+    assert len(calls) > len(model.layers) and calls[-1] == (model.num_bytes, model.num_bytes)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_all_wrong_tensors_are_listed(tmp_path: Path) -> None:
         "unknown (1): encoder.layers.3.mlp.up_proj.weight",
         "missing (2): encoder.norm.weight, diffusion_head.weight",
         "misshapen (1): encoder.layers.1.self_attn.k_proj.weight [8, 24], expected [32, 24]",
-        "not one of F64, F32, BF16, F16 (1): encoder.layers.2.mlp.down_proj.weight I8",
+        "of another dtype (1): encoder.layers.2.mlp.down_proj.weight I8, expected one of F64, F32",
     ):
         assert part in message
 

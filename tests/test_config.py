@@ -121,7 +121,10 @@ def test_config_errors(changes: dict, message: str, tmp_path: Path) -> None:
         ({"attention_bias": True}, "attention_bias true is not supported, only false"),
         ({"sliding_window": 4096}, "sliding_window 4096 is not supported, only absent"),
         ({"dlm_paradigm": "block_diff"}, 'only "bidirectional"'),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .* only absent"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            'quant_method "awq" is not supported, only "compressed-tensors" or "gptq"',
+        ),
         (
             {"rope_parameters": YARN | {"rope_type": "longrope"}},
             '"longrope" is not supported, only "default" or "linear" or "yarn"',

@@ -30,6 +30,10 @@ CHAT_EXAMPLES = """examples:
 
 type /help for what can be changed during a conversation
 """
+QUANTIZE_EXAMPLES = """examples:
+  nld quantize path/to/checkpoint path/to/checkpoint-int4
+  nld generate "..." --model path/to/checkpoint-int4
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -95,6 +99,20 @@ def build_parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=run_chat)
 
     add_bench_command(commands)
+
+    quantize = commands.add_parser(
+        "quantize", help="write a checkpoint with 4-bit weights", epilog=QUANTIZE_EXAMPLES,
+        formatter_class=raw,
+    )  # fmt: skip
+    quantize.add_argument("source", metavar="IN", help="checkpoint folder with dense weights")
+    quantize.add_argument("target", metavar="OUT", help="folder to write; goes on where it stopped")
+    quantize.add_argument("--format", choices=("int4",), default="int4", help="(default: int4)")
+    quantize.add_argument(
+        "--group-size", type=int, default=128, choices=(32, 64, 128, 256),
+        help="inputs that share a scale (default: %(default)s)",
+    )  # fmt: skip
+    quantize.add_argument("--head", action="store_true", help="quantise the head as well")
+    quantize.set_defaults(run=run_quantize)
 
     info = commands.add_parser(
         "info", help="show versions, instruction set, GPU architectures, devices"
@@ -339,6 +357,27 @@ def run_chat(args: argparse.Namespace) -> int:
     from nld_cuda.cli_chat import Console
 
     return Console(load_model(args), args).run()
+
+
+def run_quantize(args: argparse.Namespace) -> int:
+    """Write a quantised copy of a checkpoint."""
+    from nld_cuda.quantize import quantize
+
+    def progress(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            text = f"{done / 2**20:.0f} of {total / 2**20:.0f} MiB"
+            print(f"\rquantising {text}", end="", file=sys.stderr, flush=True)
+
+    summary = quantize(
+        args.source, args.target, group_size=args.group_size, head=args.head, progress=progress
+    )
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    print(
+        f"{args.target}: {summary.num_quantized} matrices in 4 bits, "
+        f"{summary.source_bytes / 2**20:.0f} -> {summary.target_bytes / 2**20:.0f} MiB"
+    )
+    return 0
 
 
 def run_info(args: argparse.Namespace) -> int:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from nld_cuda.model.config import DTYPES, ModelConfig
-from nld_cuda.model.linear import Lora
+from nld_cuda.model.int4 import can_multiply, dequantize, make_matrix
+from nld_cuda.model.int4_files import Int4Files
+from nld_cuda.model.linear import Lora, Weight
 from nld_cuda.model.lora import ADAPTER_FOLDER, load_lora
 from nld_cuda.model.tensor_files import Progress, TensorFiles, checkpoint_files
 from nld_cuda.model.transformer import Layer, NLDModel
@@ -54,6 +56,8 @@ RENAMED_PREFIXES = (
     ("lm_head.", "diffusion_head."),
 )
 
+EMBEDDING = "encoder.embed_tokens.weight"  # looked up, not multiplied: never in 4 bits
+
 # Tensors that hold no weight: old files store the rotary frequencies that config.json implies.
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 
@@ -77,7 +81,8 @@ def load_model(
     """Load the weights of a checkpoint folder.
 
     Files are memory-mapped and copied piece by piece to their final place: memory peaks at the size
-    of the loaded weights.
+    of the loaded weights. Matrices in 4 bits stay so where the model computes in bfloat16 (then
+    also the default) and torch has a product for their shape; else they are expanded.
 
     Args:
         path: folder with config.json and model.safetensors or model.safetensors.index.json.
@@ -85,7 +90,7 @@ def load_model(
         dtype: of all weights; "auto" is the checkpoint's own. float32, bfloat16 or float16.
         lora: draft adapter: a folder in PEFT layout, None for none; "auto" is `linear_spec_lora` in
             `path` where there is one.
-        progress: called with (bytes done, bytes in all) after each tensor.
+        progress: called with (bytes done, bytes in all, of dense weights) now and then.
 
     Raises:
         FileNotFoundError: a folder or file is missing.
@@ -102,25 +107,32 @@ def load_model(
     rows = [row for row in TABLE if not (tied and row.field == "head")]
     plan = _plan(config, rows)
     extra = {"diffusion_head.weight"} if tied else set()
+    int4 = Int4Files(files, config.int4) if config.int4 is not None else None
+    expected: dict[str, tuple[int, ...]] = {}
+    integers = set()
+    for name, (_, _, shape) in plan.items():
+        if int4 is None or not int4.holds(name) or name == EMBEDDING:
+            expected[name] = shape
+            continue
+        for stored, (stored_shape, is_integer) in int4.stored_names(name, shape).items():
+            expected[stored] = stored_shape
+            integers |= {stored} if is_integer else set()
     files.check(
-        {name: shape for name, (_, _, shape) in plan.items()},
-        lambda name: name in extra or IGNORED.fullmatch(name) is not None,
+        expected, lambda name: name in extra or IGNORED.fullmatch(name) is not None, integers
     )
     target_device = resolve_device(device)
     target_dtype = _resolve_dtype(dtype, config, files)
 
-    parameters = _allocate(plan, target_device, target_dtype)
-    sizes = {name: _count(shape) * target_dtype.itemsize for name, (_, _, shape) in plan.items()}
-    filled = dict.fromkeys(parameters, 0)
-    done = 0
-    for name, (layer, field, shape) in plan.items():
-        begin = filled[layer, field]
-        filled[layer, field] = end = begin + shape[0]
-        files.copy_to(name, parameters[layer, field][begin:end])
-        done += sizes[name]
+    parameters: dict[Place, Weight] = {}
+    done, total = 0, sum(_count(shape) for _, _, shape in plan.values()) * target_dtype.itemsize
+    for place, names in _by_place(plan).items():
+        shapes = {name: plan[name][2] for name in names}
+        parameters[place] = _read_weight(files, int4, shapes, target_device, target_dtype)
+        done += sum(map(_count, shapes.values())) * target_dtype.itemsize
         if progress is not None:
-            progress(done, sum(sizes.values()))
-    embed = parameters[None, "embed"]
+            progress(done, total)
+    embed, norm = parameters[None, "embed"], parameters[None, "norm"]
+    assert isinstance(embed, Tensor) and isinstance(norm, Tensor)  # see Int4Files.holds
     if tied and "diffusion_head.weight" in files:
         _check_tied(files, embed, folder)
 
@@ -130,11 +142,14 @@ def load_model(
         adapters = load_lora(adapter_folder, config, target_device, target_dtype)
     fields = list(dict.fromkeys(row.field for row in TABLE if "{i}" in row.name))
     layers = [
-        Layer(**{field: parameters[i, field] for field in fields}, lora=adapters[i])
+        Layer(
+            **{field: parameters[i, field] for field in fields},  # type: ignore[arg-type]
+            lora=adapters[i],
+        )
         for i in range(config.num_layers)
     ]
     head = embed if tied else parameters[None, "head"]
-    return NLDModel(config, embed, layers, parameters[None, "norm"], head)
+    return NLDModel(config, embed, layers, norm, head)
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
@@ -161,7 +176,9 @@ def _resolve_dtype(
     dtype: torch.dtype | str, config: ModelConfig, files: TensorFiles
 ) -> torch.dtype:
     if dtype == "auto":
-        found = config.dtype or files.dtype("encoder.embed_tokens.weight")
+        found = config.dtype or files.dtype(EMBEDDING)
+        if config.int4 is not None:
+            found = torch.bfloat16  # what torch's 4-bit products take
     else:
         found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found not in DTYPES.values():
@@ -180,6 +197,7 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
     }
 
 
+Place = tuple[int | None, str]  # layer (None outside) and field
 Plan = dict[str, tuple[int | None, str, tuple[int, ...]]]  # name -> (layer, field, shape)
 
 
@@ -194,15 +212,47 @@ def _plan(config: ModelConfig, rows: list[Row]) -> Plan:
     return plan
 
 
-def _allocate(
-    plan: Plan, device: torch.device, dtype: torch.dtype
-) -> dict[tuple[int | None, str], Tensor]:
-    """Make the empty parameters; those of several tensors hold their rows one below the other."""
-    shapes: dict[tuple[int | None, str], tuple[int, ...]] = {}
-    for layer, field, shape in plan.values():
-        above = shapes.get((layer, field), (0,))[0]
-        shapes[layer, field] = (above + shape[0], *shape[1:])
-    return {key: torch.empty(shape, dtype=dtype, device=device) for key, shape in shapes.items()}
+def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical name and shape `[out, in]` of every matrix of a checkpoint."""
+    rows = [row for row in TABLE if not (config.tie_word_embeddings and row.field == "head")]
+    return {name: shape for name, (_, _, shape) in _plan(config, rows).items() if len(shape) == 2}
+
+
+def _by_place(plan: Plan) -> dict[Place, list[str]]:
+    """Names of the tensors of each parameter, whose rows lie one below the other, in order."""
+    names: dict[Place, list[str]] = {}
+    for name, (layer, field, _) in plan.items():
+        names.setdefault((layer, field), []).append(name)
+    return names
+
+
+def _read_weight(
+    files: TensorFiles,
+    int4: Int4Files | None,
+    shapes: dict[str, tuple[int, ...]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Weight:
+    """One parameter from the tensors whose rows it holds; in 4 bits if all of it can stay so."""
+    rows = sum(shape[0] for shape in shapes.values())
+    first = next(iter(shapes.values()))
+    quantised = [name for name in shapes if int4 is not None and int4.holds(name)]
+    if int4 is not None and len(quantised) == len(shapes) and dtype == torch.bfloat16:
+        inputs = first[1]
+        if can_multiply((rows, inputs), int4.group_size(first), device):
+            parts = [int4.read(name, shape) for name, shape in shapes.items()]
+            codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            return make_matrix(codes, scales, device)
+    weight = torch.empty((rows, *first[1:]), dtype=dtype, device=device)
+    begin = 0
+    for name, shape in shapes.items():
+        target = weight[begin : begin + shape[0]]
+        if int4 is not None and name in quantised:
+            target.copy_(dequantize(*int4.read(name, shape)))
+        else:
+            files.copy_to(name, target)
+        begin += shape[0]
+    return weight
 
 
 def _count(shape: tuple[int, ...]) -> int:

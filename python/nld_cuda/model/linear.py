@@ -1,7 +1,7 @@
 """Matrix products of the forward pass, on weights stored `[out, in]` as checkpoints store them.
 
-Each function is one torch matmul that writes where its result belongs, so the forward pass holds no
-code about how a weight is stored.
+Each function writes where its result belongs, so the forward pass holds no code about how a weight
+is stored: dense, or in 4 bits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from nld_cuda.model.int4 import Int4Matrix
+
+Weight = Tensor | Int4Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +31,25 @@ class Lora:
     scale: float
 
 
-def linear_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Write `x @ weight.T` to `out`. x `[rows, in]`, weight `[out, in]`, out `[rows, out]`."""
-    torch.mm(x, weight.t(), out=out)
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """`x @ weight.T`. x `[rows, in]`, weight `[out, in]`, result `[rows, out]`."""
+    return torch.mm(x, weight.t()) if isinstance(weight, Tensor) else weight.product(x)
 
 
-def linear_add_(residual: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Add `x @ weight.T` to `residual` in place, rounded once. Shapes as `linear_into`."""
-    residual.addmm_(x, weight.t())
+def linear_into(x: Tensor, weight: Weight, out: Tensor) -> None:
+    """Write `x @ weight.T` to `out` `[rows, out]`. Shapes as `linear`."""
+    if isinstance(weight, Tensor):
+        torch.mm(x, weight.t(), out=out)
+    else:
+        out.copy_(weight.product(x))
+
+
+def linear_add_(residual: Tensor, x: Tensor, weight: Weight) -> None:
+    """Add `x @ weight.T` to `residual` in place; dense weights round once. Shapes as `linear`."""
+    if isinstance(weight, Tensor):
+        residual.addmm_(x, weight.t())
+    else:
+        residual.add_(weight.product(x))
 
 
 def lora_add_(residual: Tensor, x: Tensor, lora: Lora) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,11 @@ FLOAT_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
+INTEGER_DTYPES = ("I32", "I64")
+_ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
+    "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
 _CHUNK_ELEMENTS = 1 << 24  # rows are copied in pieces of this size, so memory peaks at the weights
 _MAX_LISTED = 20
 
@@ -99,18 +104,54 @@ class TensorFiles:
     def __contains__(self, name: str) -> bool:
         return name in self._slices
 
+    def original(self, name: str) -> str:
+        """Name of a tensor in its file."""
+        original: str = self._slices[name][1]
+        return original
+
+    def names(self, file: Path) -> dict[str, str]:
+        """Canonical and original names of the tensors of a file."""
+        return {n: original for n, (where, original, _) in self._slices.items() if where == file}
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, read from the header."""
         return tuple(self._slices[name][2].get_shape())
+
+    def num_bytes(self, name: str) -> int:
+        """Size of a tensor as stored."""
+        return torch.Size(self.shape(name)).numel() * _ITEM_BYTES[self._slices[name][2].get_dtype()]
 
     def dtype(self, name: str) -> torch.dtype | None:
         """Dtype of a tensor, None where it is no floating-point type this package reads."""
         return FLOAT_DTYPES.get(self._slices[name][2].get_dtype())
 
+    def where(self, name: str) -> str:
+        """File and original name of a tensor, for errors."""
+        file, original, _ = self._slices[name]
+        return f"{file}: {original}"
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor, as stored, on the CPU.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        file, original, source = self._slices[name]
+        try:
+            found: Tensor = source[:]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{file}: must be a complete safetensors file, {original} cannot be read: {error}"
+            ) from None
+        return found
+
     def check(
-        self, expected: Mapping[str, tuple[int, ...]], ignored: Callable[[str], bool]
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        ignored: Callable[[str], bool],
+        integers: Collection[str] = (),
     ) -> None:
-        """Compare with the expected names and shapes.
+        """Compare with the expected names and shapes; tensors in `integers` must hold integers.
 
         Raises:
             ValueError: lists every unknown, missing and misshapen tensor, and every one of a dtype
@@ -129,15 +170,17 @@ class TensorFiles:
             original = self._slices[name][1]
             if self.shape(name) != shape:
                 misshapen.append(f"{original} {list(self.shape(name))}, expected {list(shape)}")
-            if self.dtype(name) is None:
-                unreadable.append(f"{original} {self._slices[name][2].get_dtype()}")
+            stored = self._slices[name][2].get_dtype()
+            wanted = INTEGER_DTYPES if name in integers else tuple(FLOAT_DTYPES)
+            if stored not in wanted:
+                unreadable.append(f"{original} {stored}, expected one of {', '.join(wanted)}")
         problems = [
             f"{title} ({len(found)}): {_listing(found)}"
             for title, found in (
                 ("unknown", unknown),
                 ("missing", missing),
                 ("misshapen", misshapen),
-                (f"not one of {', '.join(FLOAT_DTYPES)}", unreadable),
+                ("of another dtype", unreadable),
             )
             if found
         ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nld_cuda import ops
 from nld_cuda.model.config import ModelConfig
-from nld_cuda.model.linear import Lora, linear_add_, linear_into, lora_add_
+from nld_cuda.model.linear import Lora, Weight, linear, linear_add_, linear_into, lora_add_
 from nld_cuda.model.rope import rope_frequencies
 
 
@@ -27,7 +27,7 @@ class LayerCaches(Protocol):
 
 @dataclass(slots=True)
 class Layer:
-    """Weights of one block: `[out, in]` matrices, `[hidden]` norms.
+    """Weights of one block: `[out, in]` matrices, dense or in 4 bits, and `[hidden]` norms.
 
     Attributes:
         qkv: rows of the query, key and value projections, in this order.
@@ -36,11 +36,11 @@ class Layer:
     """
 
     input_norm: Tensor
-    qkv: Tensor
-    o: Tensor
+    qkv: Weight
+    o: Weight
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Weight
+    down: Weight
     lora: Lora | None = None
 
 
@@ -71,7 +71,7 @@ class NLDModel:
         embed: Tensor,
         layers: Sequence[Layer],
         norm: Tensor,
-        head: Tensor,
+        head: Weight,
     ) -> None:
         """Take the weights as they are (`checkpoint.load_model` makes them from files)."""
         self.config = config
@@ -83,9 +83,9 @@ class NLDModel:
         inv_freq, self._attention_scaling = rope_frequencies(config.rope)
         self._inv_freq = inv_freq.to(self.device)
 
-    def tensors(self) -> list[Tensor]:
-        """Every weight tensor once, the adapter's included."""
-        found = [self.embed, self.norm, self.head]
+    def weights(self) -> list[Weight]:
+        """Every weight once, the adapter's included."""
+        found: list[Weight] = [self.embed, self.norm, self.head]
         for layer in self.layers:
             found += [layer.input_norm, layer.qkv, layer.o]
             found += [layer.mlp_norm, layer.gate_up, layer.down]
@@ -95,12 +95,15 @@ class NLDModel:
     @property
     def num_parameters(self) -> int:
         """Weights in all, a tied head counted once."""
-        return sum(t.numel() for t in self.tensors())
+        return sum(w.numel() for w in self.weights())
 
     @property
     def num_bytes(self) -> int:
         """Memory of the weights."""
-        return sum(t.numel() * t.element_size() for t in self.tensors())
+        return sum(
+            w.numel() * w.element_size() if isinstance(w, Tensor) else w.num_bytes
+            for w in self.weights()
+        )
 
     @torch.inference_mode()
     def forward(
@@ -159,7 +162,7 @@ class NLDModel:
         """
         if rows is not None:
             hidden = hidden.index_select(0, rows)
-        return torch.mm(rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.head.t())
+        return linear(rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.head)
 
     @torch.inference_mode()
     def hidden(

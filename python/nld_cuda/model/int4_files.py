@@ -1,0 +1,124 @@
+"""4-bit weights as checkpoints store them: GPTQ and compressed-tensors' pack-quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nld_cuda.model import int4
+from nld_cuda.model.config import Int4Config
+from nld_cuda.model.tensor_files import TensorFiles
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stored tensor of a quantised matrix.
+
+    Attributes:
+        suffix: what stands in its name where a dense one has `weight`.
+        shape: as stored.
+        is_integer: whether it holds integers.
+    """
+
+    suffix: str
+    shape: Shape
+    is_integer: bool
+
+
+class Int4Files:
+    """Which matrices of a checkpoint are quantised, and their codes and scales.
+
+    Whether a matrix is quantised is told by the tensors that are there, not by the lists of modules
+    in config.json, which differ from writer to writer.
+    """
+
+    def __init__(self, files: TensorFiles, config: Int4Config) -> None:
+        self._files, self._config = files, config
+        self._is_gptq = config.format != "compressed-tensors"
+        self._marker = "qweight" if self._is_gptq else "weight_packed"
+
+    def holds(self, name: str) -> bool:
+        """Whether the matrix `name` (ending in `weight`) is stored quantised."""
+        return name.endswith(".weight") and self._stored(name, self._marker) in self._files
+
+    def group_size(self, shape: Shape) -> int:
+        """Inputs that share a scale, of a matrix `[out, in]`."""
+        return self._config.group_size or shape[1]
+
+    def parts(self, shape: Shape) -> Iterable[Part]:
+        """What must be stored for a matrix `[out, in]`.
+
+        Raises:
+            ValueError: its groups, or the words of 8 codes, do not divide it.
+        """
+        out, inputs = shape
+        group_size = self.group_size(shape)
+        if inputs % group_size or (self._is_gptq and (inputs % 8 or out % 8)):
+            raise ValueError(
+                f"quantization_config: group_size {group_size} must divide a matrix {list(shape)}"
+                + (", whose sides must be multiples of 8" if self._is_gptq else "")
+            )
+        groups = inputs // group_size
+        if self._is_gptq:
+            return (
+                Part("qweight", (inputs // 8, out), True),
+                Part("qzeros", (groups, out // 8), True),
+                Part("scales", (groups, out), False),
+                Part("g_idx", (inputs,), True),
+            )
+        return (
+            Part("weight_packed", (out, -(-inputs // 8)), True),
+            Part("weight_scale", (out, groups), False),
+            Part("weight_shape", (2,), True),
+        )
+
+    def stored_names(self, name: str, shape: Shape) -> dict[str, tuple[Shape, bool]]:
+        """Name, shape and whether it holds integers of each stored tensor of a matrix."""
+        return {
+            self._stored(name, part.suffix): (part.shape, part.is_integer)
+            for part in self.parts(shape)
+        }
+
+    def read(self, name: str, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Codes `[out, in]` int32 and scales `[out, groups]` as stored.
+
+        Raises:
+            ValueError: another shape is recorded, or the matrix is not what its config says.
+            NotImplementedError: it has zeros other than 8, or reordered inputs (act-order).
+        """
+        out, inputs = shape
+
+        def tensor(suffix: str) -> Tensor:
+            return self._files.read(self._stored(name, suffix))
+
+        if not self._is_gptq:
+            recorded = tuple(tensor("weight_shape").tolist())
+            if recorded != tuple(shape):
+                raise ValueError(
+                    f"{self._files.where(self._stored(name, 'weight_shape'))} must be "
+                    f"{list(shape)}, got {list(recorded)}"
+                )
+            codes = int4.from_compressed_tensors(tensor("weight_packed"), inputs)
+            return codes, tensor("weight_scale")
+        order = torch.arange(inputs) // self.group_size(shape)
+        if not torch.equal(tensor("g_idx").long(), order):
+            raise NotImplementedError(
+                f"{self._files.where(self._stored(name, 'g_idx'))} must number the groups in order "
+                "(desc_act false): inputs reordered by activation are not supported"
+            )
+        zeros = int4.gptq_zeros(tensor("qzeros"), out, self._config.format == "gptq_v2")
+        if not bool((zeros == int4.ZERO).all()):
+            raise NotImplementedError(
+                f"{self._files.where(self._stored(name, 'qzeros'))} must hold zeros of {int4.ZERO} "
+                f"(sym true), got {int(zeros[zeros != int4.ZERO][0])}"
+            )
+        return int4.from_gptq(tensor("qweight")), tensor("scales").t().contiguous()
+
+    @staticmethod
+    def _stored(name: str, suffix: str) -> str:
+        return name.removesuffix("weight") + suffix

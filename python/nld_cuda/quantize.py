@@ -1,0 +1,198 @@
+"""`quantize`: a checkpoint with 4-bit weights from a dense one, shard by shard."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nld_cuda.model.checkpoint import EMBEDDING, canonical_name, matrix_shapes
+from nld_cuda.model.config import ModelConfig
+from nld_cuda.model.int4 import GROUP_SIZES, pack_words
+from nld_cuda.model.int4 import quantize as to_int4
+from nld_cuda.model.tensor_files import INDEX_NAME, SINGLE_NAME, TensorFiles, checkpoint_files
+
+HEAD = "diffusion_head.weight"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+@dataclass(frozen=True)
+class QuantizeSummary:
+    """What `quantize` wrote.
+
+    Attributes:
+        num_quantized: matrices in 4 bits.
+        num_resumed: shards that an earlier call had written.
+        source_bytes, target_bytes: of the tensors.
+    """
+
+    num_quantized: int
+    num_resumed: int
+    source_bytes: int
+    target_bytes: int
+
+
+def quantize(
+    source: str | Path,
+    target: str | Path,
+    *,
+    group_size: int = 128,
+    head: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> QuantizeSummary:
+    """Round the matrices of a checkpoint to 4 bits, in compressed-tensors' pack-quantized layout.
+
+    Round to nearest, symmetric, one bfloat16 scale per group. The embedding, norms and (unless
+    asked) the head stay as they are, and so does the draft adapter. Each shard is written whole or
+    not at all and found again by the next call; config.json comes last, so a folder that has one is
+    complete.
+
+    Args:
+        source: checkpoint folder with dense weights.
+        target: folder to write; made where it is missing.
+        group_size: inputs that share a scale: 32, 64, 128 or 256, and a divisor of every matrix.
+        head: quantise the head as well; not where it is tied to the embedding.
+        progress: called with (bytes read, bytes in all) after each tensor.
+
+    Raises:
+        FileNotFoundError: source has no checkpoint.
+        ValueError: a rule above is broken, or target is source or holds another checkpoint.
+    """
+    folder, out = Path(source), Path(target)
+    config = ModelConfig.from_file(folder)
+    if config.int4 is not None:
+        raise ValueError(f"quantize: source must have dense weights, {folder} is quantised already")
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"quantize: group_size must be one of {GROUP_SIZES}, got {group_size}")
+    if head and config.tie_word_embeddings:
+        raise ValueError("quantize: head must be False where it is tied to the embedding, got True")
+    if out.exists() and out.samefile(folder):
+        raise ValueError(f"quantize: target must be another folder than source, got {out}")
+    kept = {EMBEDDING} | (set() if head else {HEAD})
+    matrices = {n: s for n, s in matrix_shapes(config).items() if n not in kept}
+    for name, shape in matrices.items():
+        if shape[1] % group_size:
+            fitting = [g for g in GROUP_SIZES if all(s[1] % g == 0 for s in matrices.values())]
+            raise ValueError(
+                f"quantize: group_size must divide the {shape[1]} inputs of {name} "
+                f"({', '.join(map(str, fitting)) or 'none does'}), got {group_size}"
+            )
+    files = TensorFiles(checkpoint_files(folder), canonical_name)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").unlink(missing_ok=True)
+
+    mark = f"int4 group_size={group_size} head={head} of {folder.resolve()}"
+    total = sum(file.stat().st_size for file in files.files)
+    weight_map: dict[str, str] = {}
+    done = num_resumed = num_quantized = target_bytes = 0
+    for file in files.files:
+        written = _written_names(out / file.name, mark)
+        if written is None:
+            tensors: dict[str, Tensor] = {}
+            for name, original in files.names(file).items():
+                tensors |= _stored(files, name, original, matrices, group_size)
+                done += files.num_bytes(name)
+                if progress is not None:
+                    progress(min(done, total), total)
+            _save_whole(out / file.name, tensors, mark)
+            written = list(tensors)
+            del tensors
+        else:
+            num_resumed += 1
+            done += sum(map(files.num_bytes, files.names(file)))
+        num_quantized += sum(name.endswith("_packed") for name in written)
+        target_bytes += (out / file.name).stat().st_size
+        weight_map |= dict.fromkeys(written, file.name)
+    if (folder / INDEX_NAME).is_file():
+        index = {"metadata": {"total_size": target_bytes}, "weight_map": weight_map}
+        (out / INDEX_NAME).write_text(json.dumps(index, indent=1))
+    elif files.files[0].name != SINGLE_NAME:
+        raise AssertionError("a checkpoint has an index or a single file")
+    _copy_the_rest(folder, out)
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    ignored = [] if head or HEAD not in files else [files.original(HEAD)]
+    fields["quantization_config"] = _config_group(group_size, ignored)
+    (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    return QuantizeSummary(num_quantized, num_resumed, total, target_bytes)
+
+
+def _stored(
+    files: TensorFiles,
+    name: str,
+    original: str,
+    matrices: dict[str, tuple[int, ...]],
+    group_size: int,
+) -> dict[str, Tensor]:
+    """What the new checkpoint holds of a tensor."""
+    weight = files.read(name)
+    if name not in matrices:
+        return {original: weight}
+    if tuple(weight.shape) != matrices[name]:
+        raise ValueError(
+            f"{files.where(name)} must be {list(matrices[name])}, got {list(weight.shape)}"
+        )
+    codes, scales = to_int4(weight, group_size)
+    return {
+        f"{original}_packed": pack_words(codes),
+        f"{original}_scale": scales,
+        f"{original}_shape": torch.tensor(weight.shape, dtype=torch.int64),
+    }
+
+
+def _written_names(file: Path, mark: str) -> list[str] | None:
+    """Names in a shard that an earlier call has written with the same settings, else None."""
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            found = (handle.metadata() or {}).get("nld_quantize")
+            names = list(handle.keys())
+    except SafetensorError:
+        return None
+    if found != mark:
+        raise ValueError(
+            f"quantize: target must be empty or of the same call, {file} is from {found or 'other'}"
+        )
+    return names
+
+
+def _save_whole(file: Path, tensors: dict[str, Tensor], mark: str) -> None:
+    partial = file.with_name(file.name + ".partial")
+    save_file(tensors, partial, metadata={"format": "pt", "nld_quantize": mark})
+    os.replace(partial, file)
+
+
+def _copy_the_rest(folder: Path, out: Path) -> None:
+    """Tokenizer, templates, adapter: everything but weights and what is written anew."""
+    for item in folder.iterdir():
+        if item.is_dir():
+            shutil.copytree(item, out / item.name, dirs_exist_ok=True)
+        elif item.suffix not in _WEIGHT_SUFFIXES and item.name not in (INDEX_NAME, "config.json"):
+            shutil.copy2(item, out / item.name)
+
+
+def _config_group(group_size: int, ignored: list[str]) -> dict[str, Any]:
+    weights = {
+        "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
+        "group_size": group_size, "dynamic": False, "actorder": None, "observer": "minmax",
+    }  # fmt: skip
+    group = {
+        "targets": ["Linear"], "weights": weights,
+        "input_activations": None, "output_activations": None,
+    }  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": [name.removesuffix(".weight") for name in ignored],
+    }
