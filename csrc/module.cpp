@@ -24,6 +24,13 @@ void set_cpu_isa(const std::string& name) {
   throw std::invalid_argument("set_cpu_isa: isa must be 'baseline', 'avx2' or 'avx512', got '" + name + "'");
 }
 
+void set_max_capability(int capability) {
+  if (nld_set_max_capability(capability) != 0) {
+    throw std::invalid_argument("set_max_capability: capability must be 0 (that of the GPU) or at least 80, got " +
+                                std::to_string(capability));
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -34,6 +41,8 @@ PYBIND11_MODULE(_C, m) {
       "Return the most capable instruction set this machine can run.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("isa"),
         "Force an instruction set: 'baseline', 'avx2' or 'avx512'. For tests; raises ValueError where it cannot run.");
+  m.def("set_max_capability", &set_max_capability, py::arg("capability"),
+        "Let launchers take a GPU for an older one: 80 for 8.0; 0: for what it is. For tuning and tests.");
   m.def("cuda_archs", &nld_cuda_archs,
         "Return the compiled GPU architectures, comma separated; '' for a CPU-only build.");
   m.def("version", &nld_version, "Return the version the library was built as.");

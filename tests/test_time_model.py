@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from nld_cuda.bench import grid, plans, time_model, traffic
-from nld_cuda.bench.time_model import GPUS, LATENCY, Machine, predict, run_items
+from nld_cuda.bench.time_model import GPUS, Machine, predict, run_items
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/results"
 H100, H200 = GPUS["H100"], GPUS["H200"]
+LATENCY = H100.latency
+WAIT = LATENCY.first_keys * 1e3
 
 
 def attention_cell(rows: int, batch: int, context: int) -> grid.Attention:
@@ -23,28 +25,26 @@ def attention_cell(rows: int, batch: int, context: int) -> grid.Attention:
 
 def test_one_item_after_the_other() -> None:
     """By hand: a CTA waits, takes its keys, writes; the next item waits half as long."""
-    wait = LATENCY.first_keys * 1e3
-    one = Machine(1, 10.0, 0.0, ("tensor", "memory"))
+    one = Machine(1, 10.0, 0.0, ("tensor", "memory"), WAIT)
     assert run_items(one, [], []) == 0.0
-    assert run_items(one, [100.0], [7.0]) == wait + 1007
-    assert run_items(one, [100.0, 50.0], [7.0, 7.0]) == wait + 1007 + wait / 2 + 507
+    assert run_items(one, [100.0], [7.0]) == WAIT + 1007
+    assert run_items(one, [100.0, 50.0], [7.0, 7.0]) == WAIT + 1007 + WAIT / 2 + 507
 
 
 def test_memory_is_shared_by_those_who_read() -> None:
-    wait = LATENCY.first_keys * 1e3
-    shared = Machine(4, 1.0, 5.0, ("tensor", "memory"))
-    assert run_items(shared, [100.0] * 4, [0.0] * 4) == pytest.approx(wait + 4 * 5 * 100)
+    shared = Machine(4, 1.0, 5.0, ("tensor", "memory"), WAIT)
+    assert run_items(shared, [100.0] * 4, [0.0] * 4) == pytest.approx(WAIT + 4 * 5 * 100)
     # alone, at the rate of one: 50 keys of four, then 50 of one
     alone = run_items(shared, [100.0, 50.0, 50.0, 50.0], [0.0] * 4)
-    assert alone == pytest.approx(wait + 50 * 4 * 5 + 50 * 5)
+    assert alone == pytest.approx(WAIT + 50 * 4 * 5 + 50 * 5)
     fast = replace(shared, shared_key_ns=0.1)
-    assert run_items(fast, [100.0] * 4, [0.0] * 4) == pytest.approx(wait + 100)
+    assert run_items(fast, [100.0] * 4, [0.0] * 4) == pytest.approx(WAIT + 100)
 
 
 def test_rounds_go_forth_and_back() -> None:
     """Two CTAs, items of 4, 3, 2, 1: 4 + 1 and 3 + 2 rather than 4 + 2 and 3 + 1."""
-    two = Machine(2, 1000.0, 0.0, ("tensor", "memory"))
-    waits = 1.5 * LATENCY.first_keys * 1e3
+    two = Machine(2, 1000.0, 0.0, ("tensor", "memory"), WAIT)
+    waits = 1.5 * WAIT
     assert run_items(two, [4.0, 3.0, 2.0, 1.0], [0.0] * 4) == pytest.approx(waits + 5000)
 
 

@@ -2,6 +2,7 @@
 
 #include <atomic>
 
+#include "common/capability.h"
 #include "common/export.h"
 
 namespace nld {
@@ -35,6 +36,11 @@ NLD_EXPORT int nld_best_cpu_isa() { return static_cast<int>(nld::best_cpu_isa())
 NLD_EXPORT int nld_set_cpu_isa(int isa) {
   if (isa < 0 || isa > static_cast<int>(nld::best_cpu_isa())) return -1;
   nld::set_cpu_isa(static_cast<nld::CpuIsa>(isa));
+  return 0;
+}
+NLD_EXPORT int nld_set_max_capability(int capability) {
+  if (capability != 0 && capability < 80) return -1;
+  nld::max_capability = capability;
   return 0;
 }
 NLD_EXPORT const char* nld_cuda_archs() { return NLD_CUDA_ARCH_NAMES; }

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/capability.h"
+
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -140,14 +142,15 @@ int resident_ctas(Kernel kernel, int num_threads, int smem_bytes) {
 #endif
 }
 
-// 10 * major + minor of the current device; what the tests say under the emulator.
+// 10 * major + minor of the current device, or less (capability.h); what the tests say under the emulator.
 inline int compute_capability() {
 #if NLD_ON_DEVICE
   int device = 0, major = 0, minor = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return 10 * major + minor;
+  const int most = max_capability, found = 10 * major + minor;
+  return most > 0 && most < found ? most : found;
 #else
   return ::emu::options().capability;
 #endif

@@ -21,7 +21,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,43 +31,6 @@ from nld_cuda.ops import VerifyMode
 
 # ---- constants, each with its source ---------------------------------------------------------
 # datasheet; others: published measurements; recalled: known, not looked up again; guess: ours.
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Rates of a GPU.
-
-    Attributes:
-        copy_gbps: read + written, of a large copy. H100, H200: others; else 87 % of the datasheet.
-        clock_ghz: of the SMs under load. Recalled.
-        l2_gbps: read from L2 by all SMs. Recalled (H100 5.5 to 6 TB/s); RTX, B200: guess.
-        mma_tflops: of mma.sync in attention. Recalled: FlashAttention-2, 350 to 400 on H100, 220 on
-            A100; RTX: 90 % of the datasheet; B200: guess.
-        wgmma_tflops: of warpgroup products in attention, 0 where there are none. Others:
-            FlashAttention-3 620 at 16k causal; ours is given a tenth less.
-        fma_tflops: of float32 in the general kernel: a quarter of the datasheet, a guess.
-    """
-
-    name: str
-    sms: int
-    clock_ghz: float
-    copy_gbps: float
-    l2_gbps: float
-    mma_tflops: float
-    wgmma_tflops: float = 0.0
-    fma_tflops: float = 15.0
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("H100", 132, 1.70, 3000, 5500, 350, 560),
-        Gpu("H200", 132, 1.70, 4300, 5500, 350, 560),
-        Gpu("A100", 108, 1.41, 1750, 4000, 220, fma_tflops=5),
-        Gpu("RTX 4090", 128, 2.50, 900, 5000, 150),
-        Gpu("B200", 148, 1.80, 7000, 10000, 450),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -85,7 +48,45 @@ class Latency:
     sm_gbps: float = 70.0  # what one SM can load: 64 bytes a clock would be 109; guess
 
 
-LATENCY = Latency()
+@dataclass(frozen=True)
+class Gpu:
+    """Rates of a GPU.
+
+    Attributes:
+        copy_gbps: read + written, of a large copy. H100, H200: others; else 87 % of the datasheet.
+        clock_ghz: of the SMs under load. Recalled.
+        l2_gbps: read from L2 by all SMs. Recalled (H100 5.5 to 6 TB/s); RTX, B200: guess.
+        mma_tflops: of mma.sync in attention. Recalled: FlashAttention-2, 350 to 400 on H100, 220 on
+            A100; RTX: 90 % of the datasheet; B200: guess.
+        wgmma_tflops: of warpgroup products in attention, 0 where there are none. Others:
+            FlashAttention-3 620 at 16k causal; ours is given a tenth less.
+        fma_tflops: of float32 in the general kernel: a quarter of the datasheet, a guess.
+        latency: the same for all, until somebody measures.
+    """
+
+    name: str
+    sms: int
+    clock_ghz: float
+    copy_gbps: float
+    l2_gbps: float
+    mma_tflops: float
+    wgmma_tflops: float = 0.0
+    fma_tflops: float = 15.0
+    latency: Latency = Latency()
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("H100", 132, 1.70, 3000, 5500, 350, 560),
+        Gpu("H200", 132, 1.70, 4300, 5500, 350, 560),
+        Gpu("A100", 108, 1.41, 1750, 4000, 220, fma_tflops=5),
+        Gpu("RTX 4090", 128, 2.50, 900, 5000, 150),
+        Gpu("B200", 148, 1.80, 7000, 10000, 450),
+    )
+}
+
+
 EXP_PER_CLOCK = 16  # of an SM: the instruction tables of the programming guide
 LANES_PER_CLOCK = 128  # plain instructions of an SM, times lanes: same
 DRAW_INSTRUCTIONS = 20  # an id of a row that is drawn from: Philox where it might win; guess
@@ -119,9 +120,10 @@ SIMT_ROWS = 16  # of a CTA of the general kernel, whatever the plan's tiles
 
 def kernel_of(gpu: Gpu, cell: grid.Attention, tile_rows: int) -> Kernel:
     """The kernel that block_attention picks (csrc/attention/op.cpp)."""
-    if cell.dtype == "float32" or cell.kv_dtype != cell.dtype:
+    if cell.dtype == "float32":
         return SIMT
-    return SM90 if gpu.wgmma_tflops > 0 and tile_rows >= 64 else SM80
+    is_fp8 = cell.kv_dtype != cell.dtype
+    return SM90 if gpu.wgmma_tflops > 0 and tile_rows >= 64 and not is_fp8 else SM80
 
 
 # ---- attention -------------------------------------------------------------------------------
@@ -148,12 +150,13 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Machine:
-    """How fast keys flow: of one CTA, and of all together."""
+    """How fast keys flow: of one CTA, and of all together; how long a CTA waits for its first."""
 
     num_ctas: int
     key_ns: float  # of a CTA that memory does not hold back
     shared_key_ns: float  # of all keys one after the other through the memory
     bounds: tuple[str, str]  # what key_ns and shared_key_ns come from
+    wait_ns: float
 
 
 def machine(gpu: Gpu, kernel: Kernel, cell: grid.Attention, rows: int, pairs: int) -> Machine:
@@ -168,21 +171,21 @@ def machine(gpu: Gpu, kernel: Kernel, cell: grid.Attention, rows: int, pairs: in
         "tensor": 4 * rows * cell.head_dim * beside / rate,
         "exp": rows * beside / (EXP_PER_CLOCK * gpu.clock_ghz),
         "latency": key_bytes
-        / min(LATENCY.sm_gbps / beside, kernel.in_flight[rows] / (LATENCY.load * 1e3)),
+        / min(gpu.latency.sm_gbps / beside, kernel.in_flight[rows] / (gpu.latency.load * 1e3)),
     }
     bound = max(own, key=lambda name: own[name])
-    return Machine(num_ctas, own[bound], key_bytes, (bound, ""))
+    return Machine(num_ctas, own[bound], 0.0, (bound, ""), gpu.latency.first_keys * 1e3)
 
 
 def run_items(m: Machine, keys: Sequence[float], tails_ns: Sequence[float]) -> float:
     """Nanoseconds until all pairs are done.
 
-    CTAs go through the pairs forth and back (heuristic.h). Before its keys a CTA waits
-    `first_keys`, after them `tails_ns`. All CTAs whose keys flow have the same rate, which changes
-    when one begins or ends.
+    CTAs go through the pairs forth and back (heuristic.h). Before its keys a CTA waits `wait_ns`,
+    half as long from its second item on, after them `tails_ns`. All CTAs whose keys flow have the
+    same rate, which changes when one begins or ends.
     """
     now = progress = last = 0.0  # progress: keys that each flowing CTA has had since the beginning
-    waiting = [(LATENCY.first_keys * 1e3, i) for i in range(min(m.num_ctas, len(keys)))]
+    waiting = [(m.wait_ns, i) for i in range(min(m.num_ctas, len(keys)))]
     flowing: list[tuple[float, int]] = []
     while waiting or flowing:
         ns_a_key = max(m.key_ns, m.shared_key_ns * len(flowing))
@@ -201,7 +204,7 @@ def run_items(m: Machine, keys: Sequence[float], tails_ns: Sequence[float]) -> f
         last = max(last, free_at)
         following = pair + 2 * (m.num_ctas - pair % m.num_ctas) - 1
         if following < len(keys):  # its numbers are in L2 by now
-            heapq.heappush(waiting, (free_at + LATENCY.first_keys * 500, following))
+            heapq.heappush(waiting, (free_at + m.wait_ns / 2, following))
     return last
 
 
@@ -224,7 +227,7 @@ def attention(cell: grid.Attention, gpu: Gpu, plan: Plan | None = None) -> Predi
         num_rows, splits = min(plan.tiles[tile][2], rows), plan.tiles[tile][4]
         steps = -(-(end - begin) // kernel.step) * kernel.step
         extra = num_rows * row_bytes * (1 if splits > 1 else 2) / key_bytes  # q, and out
-        tail = LATENCY.epilogue * 1e3 + (num_rows * partial_ns if splits > 1 else 0.0)
+        tail = gpu.latency.epilogue * 1e3 + (num_rows * partial_ns if splits > 1 else 0.0)
         keys += [steps + extra] * heads
         tails += [tail] * heads
         asked += (end - begin + extra) * heads * key_bytes
@@ -232,13 +235,15 @@ def attention(cell: grid.Attention, gpu: Gpu, plan: Plan | None = None) -> Predi
     memory_ns = key_bytes / gpu.copy_gbps * min(work.floor_bytes / asked, 1.0) if asked else 0.0
     l2_ns = key_bytes / gpu.l2_gbps
     shared = "memory" if memory_ns >= l2_ns else "l2"
-    m = Machine(m.num_ctas, m.key_ns, max(memory_ns, l2_ns), (m.bounds[0], shared))
-    us = LATENCY.kernel + run_items(m, keys, tails) / 1e3
+    m = replace(m, shared_key_ns=max(memory_ns, l2_ns), bounds=(m.bounds[0], shared))
+    us = gpu.latency.kernel + run_items(m, keys, tails) / 1e3
     if kernel.combine != "inside":
-        us += LATENCY.next_kernel if kernel.combine == "kernel" else LATENCY.dependent_kernel
+        us += (
+            gpu.latency.next_kernel if kernel.combine == "kernel" else gpu.latency.dependent_kernel
+        )
     if plan.num_slots:
         rows_read = sum(t[2] * t[4] for t in plan.tiles if t[4] > 1) * cell.kv_heads
-        us += LATENCY.merge + rows_read * (cell.head_dim + 2) * 4 / gpu.l2_gbps / 1e3
+        us += gpu.latency.merge + rows_read * (cell.head_dim + 2) * 4 / gpu.l2_gbps / 1e3
     busy = {m.bounds[0]: m.key_ns * sum(keys) / m.num_ctas, shared: m.shared_key_ns * sum(keys)}
     longest = max(busy, key=lambda name: busy[name])
     choice = {
@@ -272,15 +277,15 @@ def _streamed(
 
 def commit(cell: grid.Commit, gpu: Gpu) -> Prediction:
     ids = cell.judged_rows * cell.vocab
-    latency = LATENCY.kernel + LATENCY.first_keys + LATENCY.finish
+    latency = gpu.latency.kernel + gpu.latency.first_keys + gpu.latency.finish
     draws = DRAW_INSTRUCTIONS * ids if cell.temperature > 0 else 0
     return _streamed(gpu, traffic.of(cell), latency, ids, draws)
 
 
 def verify(cell: grid.Verify, gpu: Gpu) -> Prediction:
-    latency = LATENCY.kernel + LATENCY.first_keys + LATENCY.finish
+    latency = gpu.latency.kernel + gpu.latency.first_keys + gpu.latency.finish
     if cell.draft_probs:
-        latency += LATENCY.next_kernel + (LATENCY.finish if cell.residual_rows else 0.0)
+        latency += gpu.latency.next_kernel + (gpu.latency.finish if cell.residual_rows else 0.0)
     ids = cell.rows_read * cell.vocab
     draws = ids * (cell.mode != VerifyMode.GREEDY)
     exps = ids * (cell.mode == VerifyMode.REJECTION)
@@ -295,7 +300,7 @@ def predict(cell: grid.Cell, gpu: Gpu) -> Prediction:
         return commit(cell, gpu)
     if isinstance(cell, grid.Verify):
         return verify(cell, gpu)
-    return _streamed(gpu, traffic.of(cell), LATENCY.kernel + LATENCY.first_keys)
+    return _streamed(gpu, traffic.of(cell), gpu.latency.kernel + gpu.latency.first_keys)
 
 
 def gpu_named(name: str, copy_gbps: float = 0.0, sms: int = 0) -> Gpu:
@@ -319,7 +324,7 @@ def document(gpu: Gpu, cells: Sequence[grid.Cell]) -> dict[str, Any]:
     return {
         "predictions": "made by a model, not measured",
         "command": "python -m nld_cuda.bench.time_model --write benchmarks/results",
-        "gpu": asdict(gpu), "latency_us": asdict(LATENCY), "rows": rows,
+        "gpu": asdict(gpu), "rows": rows,
     }  # fmt: skip
 
 
