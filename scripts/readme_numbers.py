@@ -154,7 +154,7 @@ def predicted_targets(document: dict[str, Any]) -> list[dict[str, Any]]:
     gpu = document["gpu"]
     roofs = Ceilings(
         gpu["copy_gbps"], gpu["copy_gbps"], gpu["l2_gbps"], gpu["wgmma_tflops"],
-        document["latency_us"]["kernel"],
+        gpu["latency"]["kernel"],
     )  # fmt: skip
     rows = []
     for made in document["rows"]:
