@@ -194,7 +194,7 @@ def with_baseline(monkeypatch: pytest.MonkeyPatch, baseline: Baseline) -> None:
 
 
 def test_a_baseline_with_another_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = Baseline("wrong", lambda p: Prepared(p.eager), lambda p, result: "is another")
+    wrong = Baseline("wrong", lambda p: Prepared(p.run), lambda p, result: "is another")
     with_baseline(monkeypatch, wrong)
     bench = only("append")
     row = bench.run(CELL)
@@ -240,7 +240,7 @@ def test_our_own_failure_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_failures_are_the_exit_code(
     tiny_grid: list[grid.Cell], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    wrong = Baseline("torch", lambda p: Prepared(p.eager), lambda p, result: "is another")
+    wrong = Baseline("torch", lambda p: Prepared(p.run), lambda p, result: "is another")
     with_baseline(monkeypatch, wrong)
     code, out, _ = run(
         capsys, "--device", "cpu", "--ops", "append", "--full", "--budget", "0", "--threads", "1"
@@ -260,7 +260,7 @@ def test_what_does_not_fit_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = report.not_run([memory, slow, late])
     assert len(lines) == 3 and any(big.name in line for line in lines)
     copies = Baseline(
-        "copies", lambda p: Prepared(p.eager), lambda p, r: None, layout="x",
+        "copies", lambda p: Prepared(p.run), lambda p, r: None, layout="x",
         layout_bytes=lambda cell: 1e12,
     )  # fmt: skip
     with_baseline(monkeypatch, copies)

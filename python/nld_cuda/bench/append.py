@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from nld_cuda import ops, reference
 from nld_cuda.bench import grid
-from nld_cuda.bench.base import Baseline, NotRun, Prepared, copy_of, dtype_of
+from nld_cuda.bench.base import Baseline, NotRun, Prepared, dtype_of
 
 
 class AppendProblem:
@@ -56,28 +58,49 @@ class AppendProblem:
     def reset(self) -> None:
         """Nothing that time depends on is changed."""
 
-    def eager(self) -> None:
-        """Do the same as a plain model does in every layer."""
-        q, k, v = self.parts()
-        angles = self.positions.float()[:, None] * self.inv_freq
-        cos = torch.cat((angles.cos(),) * 2, dim=-1)[:, None].to(q.dtype)
-        sin = torch.cat((angles.sin(),) * 2, dim=-1)[:, None].to(q.dtype)
-        q.copy_(q * cos + reference.rotate_half(q) * sin)
-        k = k * cos + reference.rotate_half(k) * sin
-        slots = self.slots.long()
-        self.k_cache.flatten(0, 1).index_copy_(0, slots, k)
-        self.v_cache.flatten(0, 1).index_copy_(0, slots, v)
+    def arguments(self) -> tuple[Tensor, ...]:
+        """Return what both `run` and the eager pipeline take."""
+        tensors = (self.k_cache, self.v_cache, self.positions, self.slots, self.inv_freq)
+        return (*self.parts(), *tensors)
 
 
-def _differs_append(problem: AppendProblem, result: None) -> str | None:
+def eager(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor,
+    slots: Tensor, inv_freq: Tensor,
+) -> None:  # fmt: skip
+    """Do the same as a plain model does in every layer."""
+    angles = positions.float()[:, None] * inv_freq
+    cos = torch.cat((angles.cos(),) * 2, dim=-1)[:, None].to(q.dtype)
+    sin = torch.cat((angles.sin(),) * 2, dim=-1)[:, None].to(q.dtype)
+    q.copy_(q * cos + reference.rotate_half(q) * sin)
+    k = k * cos + reference.rotate_half(k) * sin
+    k_cache.flatten(0, 1).index_copy_(0, slots.long(), k)
+    v_cache.flatten(0, 1).index_copy_(0, slots.long(), v)
+
+
+def _make(problem: AppendProblem, function: Callable[..., None] = eager) -> Prepared:
+    arguments = problem.arguments()
+
+    def fresh(_: None) -> AppendProblem:
+        """Return what it makes of inputs that nobody has rotated yet."""
+        other = AppendProblem(problem.cell, problem.qkv.device)
+        function(*other.arguments())
+        return other
+
+    return Prepared(lambda: function(*arguments), fresh)
+
+
+def _make_compiled(problem: AppendProblem) -> Prepared:
+    return _make(problem, torch.compile(eager, dynamic=False))
+
+
+def _differs_append(problem: AppendProblem, result: AppendProblem) -> str | None:
     tolerance = 1e-4 if problem.cell.dtype == "float32" else 0.06
-    ours, other = AppendProblem(problem.cell, problem.qkv.device), copy_of(problem)
-    other.qkv.copy_(ours.qkv)
+    ours = AppendProblem(problem.cell, problem.qkv.device)
     ours.run()
-    other.eager()
-    pairs = ((ours.parts()[0], other.parts()[0]), (ours.k_cache, other.k_cache))
+    pairs = ((ours.parts()[0], result.parts()[0]), (ours.k_cache, result.k_cache))
     error = max((a.float() - b.float()).abs().max().item() for a, b in pairs)
-    same = error < tolerance and torch.equal(ours.v_cache, other.v_cache)
+    same = error < tolerance and torch.equal(ours.v_cache, result.v_cache)
     return None if same else f"differs from ours by {error:.3g}"
 
 
@@ -137,9 +160,14 @@ def _refuses(cell: grid.Append, device: str) -> str | None:
     return None if cell.kv_dtype == cell.dtype else "the eager ops have no fp8 cache"
 
 
-BASELINES = (
-    Baseline("torch", lambda p: Prepared(p.eager), _differs_append, refuses=_refuses),
+TORCH = Baseline("torch", _make, _differs_append, refuses=_refuses)
+COMPILED = replace(
+    TORCH, name="torch compiled", make=_make_compiled,
+    missing=lambda device: None if device == "cuda" else "is measured on CUDA only",
+    costly=lambda cell: None if cell.headline else "compiles some seconds for every shape",
+    note="torch.compile of the eager pipeline",
 )  # fmt: skip
+BASELINES = (TORCH, COMPILED)
 COMPACT_BASELINES = (
     Baseline("torch", lambda p: Prepared(p.eager), _differs_compact, in_graph=False),
 )  # fmt: skip
