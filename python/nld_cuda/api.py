@@ -189,6 +189,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     lora: str | Path | None = "auto",
     progress: Callable[[int, int], None] | None = None,
+    kv_dtype: torch.dtype | str = "auto",
 ) -> NLDModel:
     """Load a checkpoint folder, or a model that comes with the package.
 
@@ -201,13 +202,19 @@ def load(
         lora: draft adapter: "auto" (`linear_spec_lora` in the folder where there is one), None or
             "none", or a folder.
         progress: called with (bytes done, bytes in all) while loading.
+        kv_dtype: of the caches: "auto" (the model's), or "fp8" (torch.float8_e4m3fn): half the
+            memory and traffic of bfloat16, four bits of precision less. Its scales are 1 unless
+            `calibrate_kv` is called.
 
     Raises:
         FileNotFoundError: no such folder or name, or a file is missing in it.
         TypeError: path_or_name is no path.
-        ValueError: config, tensors, tokenizer, device or dtype break a rule (all are named).
+        ValueError: config, tensors, tokenizer, device, dtype or kv_dtype break a rule (all are
+            named).
         NotImplementedError: the checkpoint or device needs what this package does not have.
     """
+    if kv_dtype not in ("auto", "fp8", torch.float8_e4m3fn):
+        raise ValueError(f"load: kv_dtype must be auto or fp8, got {kv_dtype}")
     if not isinstance(path_or_name, str | Path):
         raise TypeError(f"load: path_or_name must be a path, got {type(path_or_name).__name__}")
     folder = Path(path_or_name)
@@ -219,7 +226,10 @@ def load(
             f"got {str(path_or_name)!r}"
         )
     weights = load_model(folder, device, dtype, None if lora == "none" else lora, progress=progress)
-    return NLDModel(
+    model = NLDModel(
         weights.config, weights.embed, weights.layers, weights.norm, weights.head,
         tokenizer=Tokenizer.from_folder(folder), folder=folder,
     )  # fmt: skip
+    if kv_dtype != "auto":
+        model.kv_dtype = torch.float8_e4m3fn
+    return model

@@ -165,6 +165,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto is the checkpoint's own (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
+        "--kv-dtype", default="auto", choices=("auto", "fp8"),
+        help="of the key/value cache: auto is the model's, fp8 halves it (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--lora", default="auto", metavar="PATH",
         help="drafting adapter: auto (linear_spec_lora beside the weights), none, or a folder",
     )  # fmt: skip
@@ -232,6 +236,7 @@ def load_model(args: argparse.Namespace) -> Any:
         args.model,
         device=args.device,
         dtype=args.dtype,
+        kv_dtype=args.kv_dtype,
         lora=args.lora,
         progress=progress if show else None,
     )

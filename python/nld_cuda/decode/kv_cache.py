@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nld_cuda.model.config import ModelConfig
+from nld_cuda.model.transformer import KVScales
+
+if TYPE_CHECKING:
+    from nld_cuda.model.transformer import NLDModel
 
 
 class KVCache:
@@ -18,6 +23,8 @@ class KVCache:
             at or past a request's seq_len are garbage by contract. Only ops whose schema says so
             write them.
         k_layers, v_layers: views of `k` and `v`, one per layer.
+        k_scales, v_scales: per layer what the ops take as k_scale and v_scale, for good: float32
+            `[num_kv_heads]`, or None (1, and always so unless the dtype is float8_e4m3fn).
         page_size: tokens per page.
     """
 
@@ -28,17 +35,36 @@ class KVCache:
         page_size: int,
         device: torch.device | str,
         dtype: torch.dtype,
+        scales: KVScales | None = None,
     ) -> None:
         """Allocate the cache.
 
+        Args:
+            config: shapes of the model.
+            num_pages, page_size: pages, and tokens of each.
+            device: of the model.
+            dtype: that of the model, or torch.float8_e4m3fn: half the memory of bfloat16.
+            scales: of float8_e4m3fn entries, `[num_layers, num_kv_heads]` each; None: 1.
+
         Raises:
-            ValueError: num_pages < 0, page_size < 1, or more slots than an int32 can number.
+            ValueError: num_pages < 0, page_size < 1, or more slots than an int32 can number; scales
+                of another shape, or for another dtype.
         """
         if num_pages < 0 or page_size < 1 or num_pages * page_size >= 2**31:
             raise ValueError(
                 "KVCache: num_pages * page_size must lie in [0, 2^31) with page_size >= 1, "
                 f"got {num_pages} * {page_size}"
             )
+        if scales is not None:
+            wanted = (config.num_layers, config.num_kv_heads)
+            if dtype != torch.float8_e4m3fn:
+                raise ValueError(f"KVCache: scales must be None unless fp8, got some for {dtype}")
+            if any(s.shape != wanted for s in scales):
+                got = [list(s.shape) for s in scales]
+                raise ValueError(f"KVCache: scales must have shape {list(wanted)}, got {got}")
+        none: tuple[Tensor | None, ...] = (None,) * config.num_layers
+        self.k_scales = none if scales is None else scales.k.float().to(device).unbind(0)
+        self.v_scales = none if scales is None else scales.v.float().to(device).unbind(0)
         shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
@@ -46,6 +72,13 @@ class KVCache:
         self.v_layers: tuple[Tensor, ...] = self.v.unbind(0)
         self.page_size = page_size
         self._free = list(range(num_pages - 1, -1, -1))
+
+    @classmethod
+    def of(cls, model: NLDModel, num_pages: int, page_size: int) -> KVCache:
+        """Allocate a cache for a model, of its kv_dtype and kv_scales."""
+        is_fp8 = model.kv_dtype == torch.float8_e4m3fn
+        scales = model.kv_scales if is_fp8 else None
+        return cls(model.config, num_pages, page_size, model.device, model.kv_dtype, scales)
 
     def grow(self, num_pages: int) -> None:
         """Move to larger memory: pages keep their numbers and entries, new ones are free.

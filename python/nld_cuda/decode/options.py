@@ -218,6 +218,12 @@ def make_requests(
     ]
 
 
+def prompt_ids(model: NLDModel, prompts: Any) -> list[list[int]]:
+    """Token ids of prompts as `generate` takes them."""
+    tokenizer = getattr(model, "tokenizer", None)
+    return [_prompt_ids(prompt, tokenizer) for prompt in _prompt_list(prompts)]
+
+
 def _prompt_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, str):
         return [prompts]

@@ -102,9 +102,7 @@ class Run:
             )
         else:
             num_pages = pages_needed(requests, overhang, settings.page_size)
-            self.cache = KVCache(
-                model.config, num_pages, settings.page_size, model.device, model.dtype
-            )
+            self.cache = KVCache.of(model, num_pages, settings.page_size)
         self.state = DecodeState(
             requests,
             self.cache,

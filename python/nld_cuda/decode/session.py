@@ -83,7 +83,7 @@ class Session:
         size, model = self.page_size, self.model
         if self._cache is None or self._page_table is None:
             pages = KVCache.pages_for(capacity, size)
-            self._cache = KVCache(model.config, pages, size, model.device, model.dtype)
+            self._cache = KVCache.of(model, pages, size)
             self._page_table = self._cache.allocate(1, pages * size)
         held = self._cache.num_pages
         if held * size < capacity:

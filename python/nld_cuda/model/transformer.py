@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,20 @@ class LayerCaches(Protocol):
     def k_layers(self) -> Sequence[Tensor]: ...
     @property
     def v_layers(self) -> Sequence[Tensor]: ...
+    @property
+    def k_scales(self) -> Sequence[Tensor | None]: ...
+    @property
+    def v_scales(self) -> Sequence[Tensor | None]: ...
+
+
+class KVScales(NamedTuple):
+    """What the entries of a float8_e4m3fn cache are multiplied with.
+
+    Float32 `[num_layers, num_kv_heads]`, > 0.
+    """
+
+    k: Tensor
+    v: Tensor
 
 
 @dataclass(slots=True)
@@ -58,7 +72,9 @@ class NLDModel:
 
     Attributes:
         config: shapes and constants.
-        device, dtype: of all weights, of the logits, and required of the cache.
+        device, dtype: of all weights and of the logits. A cache is on this device.
+        kv_dtype: of the caches that decoding makes: `dtype`, or torch.float8_e4m3fn.
+        kv_scales: theirs in the latter case; None: 1. `calibrate_kv` finds some.
         has_lora: whether a draft adapter is loaded.
         plans_attention: whether a forward makes `ops.attention_plan` for all its layers. CUDA needs
             one (each layer would make its own); the CPU takes its schedule from the lengths.
@@ -78,6 +94,7 @@ class NLDModel:
         self.embed, self.norm, self.head = embed, norm, head
         self.layers = tuple(layers)
         self.device, self.dtype = embed.device, embed.dtype
+        self.kv_dtype, self.kv_scales = embed.dtype, cast(KVScales | None, None)
         self.has_lora = bool(self.layers) and all(layer.lora is not None for layer in self.layers)
         self.plans_attention = self.device.type == "cuda"
         inv_freq, self._attention_scaling = rope_frequencies(config.rope)
@@ -131,7 +148,8 @@ class NLDModel:
             tokens: `[total]` int64, in the vocabulary.
             positions: `[total]` int32, absolute.
             slot_mapping: `[total]` int32, cache slot of each row, -1: not written.
-            cache: a KVCache of this model's device and dtype; written at the slots.
+            cache: a KVCache of this model's device and dtype, or float8_e4m3fn; written at the
+                slots.
             page_table: `[batch, max_pages]` int32.
             seq_lens: `[batch]` int32, including the current rows.
             cu_seqlens_q: `[batch + 1]` int32.
@@ -210,19 +228,18 @@ class NLDModel:
                 num_kv_heads=kv_heads, max_seq_len=page_table.shape[1] * page_size,
                 block_len=block_len, block_phase=block_phase,
             )  # fmt: skip
-        for layer, k_cache, v_cache in zip(
-            self.layers, cache.k_layers, cache.v_layers, strict=True
-        ):
+        caches = (cache.k_layers, cache.v_layers, cache.k_scales, cache.v_scales)
+        for layer, k_cache, v_cache, k_scale, v_scale in zip(self.layers, *caches, strict=True):
             linear_into(rms_norm(x, layer.input_norm, eps), layer.qkv, qkv)
             rope_append_(
                 q, k, v, k_cache, v_cache, positions, slot_mapping, inv_freq,
                 attention_scaling=attention_scaling, query_scale_beta=beta,
-                query_scale_len=scale_len,
+                query_scale_len=scale_len, k_scale=k_scale, v_scale=v_scale,
             )  # fmt: skip
             block_attention(
                 q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode,
-                block_len=block_len, block_phase=block_phase, plan=plan, out=attended_heads,
-                lse=lse,
+                block_len=block_len, block_phase=block_phase, plan=plan, k_scale=k_scale,
+                v_scale=v_scale, out=attended_heads, lse=lse,
             )  # fmt: skip
             linear_add_(x, attended, layer.o)
             if use_lora and layer.lora is not None:
