@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nld_cuda import cli
-from nld_cuda.bench import ceilings, grid, plots, report, suite, targets, timing
+from nld_cuda.bench import ceilings, grid, plots, rehearsal, report, suite, targets, timing
 from nld_cuda.bench.base import Baseline, Prepared, copy_of
 from nld_cuda.bench.ceilings import Ceilings
 
@@ -34,7 +34,7 @@ def run(capsys: Any, *argv: str) -> tuple[int, str, str]:
 @pytest.fixture
 def tiny_grid(monkeypatch: pytest.MonkeyPatch) -> list[grid.Cell]:
     """Let the whole grid be the tiny cells, and inputs few."""
-    monkeypatch.setattr(grid, "CELLS", grid.tiny())
+    monkeypatch.setattr(grid, "CELLS", rehearsal.cells())
     monkeypatch.setattr(suite, "CPU_ROTATED_BYTES", 1)
     measure = ceilings.measure
     small = lambda device, clock, small: measure(device, clock, small=True)  # noqa: E731
@@ -74,7 +74,7 @@ def test_rehearsal_of_a_gpu_run(capsys: Any, tmp_path: Path) -> None:
     )
     assert code == 0, err
     document = json.loads((tmp_path / "kernels.json").read_text())
-    check_document(document, grid.tiny())
+    check_document(document, rehearsal.cells())
     measured = [row for row in document["rows"] if row["status"] == "measured"]
     assert {row["op"] for row in measured} == set(suite.OP_BENCHES)
     assert all(row["predicted_us"] > 0 and row["eager_us"] > 0 for row in measured)
@@ -185,7 +185,7 @@ def only(cell_name: str, **more: Any) -> suite.Suite:
     )  # fmt: skip
 
 
-CELL = next(c for c in grid.tiny() if isinstance(c, grid.Append) and c.dtype == "float32")
+CELL = next(c for c in rehearsal.cells() if isinstance(c, grid.Append) and c.dtype == "float32")
 
 
 def with_baseline(monkeypatch: pytest.MonkeyPatch, baseline: Baseline) -> None:
@@ -275,7 +275,7 @@ def replace_tiny(bench: suite.Suite) -> suite.Suite:
 
 def test_copies_of_a_problem_share_nothing() -> None:
     problem = suite.OP_BENCHES["verify"].problem(
-        next(c for c in grid.tiny() if isinstance(c, grid.Verify)), torch.device("cpu")
+        next(c for c in rehearsal.cells() if isinstance(c, grid.Verify)), torch.device("cpu")
     )
     other = copy_of(problem)
     for name, value in vars(problem).items():

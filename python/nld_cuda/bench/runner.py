@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from nld_cuda.bench import ceilings as roofs
-from nld_cuda.bench import grid, plots, report, suite, targets
+from nld_cuda.bench import grid, plots, rehearsal, report, suite, targets
 from nld_cuda.bench.environment import command, environment
 from nld_cuda.bench.timing import Clock, CpuClock, CudaClock, RehearsalClock
 
@@ -98,7 +98,7 @@ def chosen_cells(options: argparse.Namespace) -> list[grid.Cell]:
     ops = _names(options.ops, OPS, "--ops")
     wanted_models = _names(options.models, list(grid.MODELS), "--models")
     if options.rehearse:
-        cells = grid.tiny()
+        cells = rehearsal.cells()
     else:
         cells = [c for c in grid.CELLS if options.full or options.cells or c.headline]
         if set(wanted_models) != set(grid.MODELS):

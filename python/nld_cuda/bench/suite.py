@@ -143,7 +143,10 @@ class Suite:
         dropped: dict[str, str] = {}
         measured = self.clock.measure(contenders, self.budget_s, dropped)
         for name, reason in dropped.items():
-            records.setdefault(name, {"status": "not run"})["reason"] = reason
+            if name in records:
+                records[name]["reason"] = reason
+            else:  # ours, called another way
+                self.failures.append(f"{cell.name}: {name}: {reason}")
         made = self.figures(work, measured)
         made["inputs"] = len(problems)
         own = measured.get("nld, own plan")
