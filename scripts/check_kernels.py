@@ -75,12 +75,21 @@ class Code:
     static_smem_bytes: int = 0
     max_threads: int = 0  # from __launch_bounds__; 0: not given
     opcodes: Counter[str] = field(default_factory=Counter)
+    schedule: str = ""  # what overlaps on Hopper, a letter per instruction: see SCHEDULED
 
 
 Codes = dict[tuple[str, str], Code]
 
 ARCH = re.compile(r"^arch = (\w+)")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+# wgmma, the wait until one group is under way, until none is, exp2.
+SCHEDULED = {
+    "M": r"HGMMA\.",
+    "w": r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1\b",
+    "W": r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b",
+    "E": r"MUFU\.EX2\b",
+}
+SCHEDULE = re.compile("|".join(f"(?P<{name}>{text})" for name, text in SCHEDULED.items()))
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 
 
@@ -112,6 +121,8 @@ def parse_sass(text: str, codes: Codes) -> None:
             current = codes.setdefault((found[1], arch), Code(found[1], arch))
         elif current is not None and (found := INSTRUCTION.match(line)):
             current.opcodes[found[1]] += 1
+            if scheduled := SCHEDULE.match(line, found.start(1)):
+                current.schedule += str(scheduled.lastgroup)
 
 
 def parse_launch_bounds(text: str, codes: Codes) -> None:
@@ -185,6 +196,9 @@ def problems_of(code: Code, name: str, rules: Sequence[Rule] = RULES) -> Iterato
     for pattern in rule.forbidden:
         if found := count(code.opcodes, pattern):
             yield f"{where}: must have no {pattern}, got {found}"
+    if rule.schedule and not re.search(rule.schedule, code.schedule):
+        short = re.sub(r"((.)\2*)", lambda m: f"{m[2]}{len(m[1])} ", code.schedule)
+        yield f"{where}: must hold the schedule {rule.schedule}, got {short}"
     if not code.max_threads:
         yield f"{where}: must have __launch_bounds__"
         return

@@ -47,6 +47,7 @@ class Rule:
         min_ctas: CTAs that must fit one multiprocessor, by architecture; "all": the others.
         instructions: least number of instructions, by regular expression of the opcode.
         forbidden: opcodes that must not appear.
+        schedule: regular expression of what must follow what (check_kernels.SCHEDULED).
         only: the one architecture whose instructions the kernel is made of; elsewhere it is an
             empty shell that is never launched.
         dynamic_smem: bytes of dynamic shared memory of a launch, or a function of the short name.
@@ -56,6 +57,7 @@ class Rule:
     min_ctas: Mapping[str, int]
     instructions: Mapping[str, int] = field(default_factory=dict)
     forbidden: Sequence[str] = ()
+    schedule: str | None = None
     only: str | None = None
     dynamic_smem: int | Callable[[str], int] = 0
 
@@ -108,6 +110,12 @@ def attention_wgmma_smem(name: str) -> int:
     slots = (6 if tile_rows == 128 else 3) * (2 if columns == 1 else 1)
     smem = columns * (slots * 128 * 128 + tile_rows * 128) + slots * 16
     return -(-smem // KIB) * KIB
+
+
+# Scores of a tile and the product with V of the tile before are started, the scores are waited for,
+# and then come the exponentials of the softcap and of the softmax, before anything else is waited
+# for: ptxas likes to move the other wait in front of them.
+WGMMA_OVERLAP = r"M{12,}wE{128}"
 
 
 COMMIT_SMEM = 5 * KIB  # figures of 256 rows and of 8 warps
@@ -226,6 +234,7 @@ RULES: list[Rule] = [
             "USETMAXREG": 2,
         },
         dynamic_smem=attention_wgmma_smem,
+        schedule=WGMMA_OVERLAP,
         only="sm_90a",
     ),
     Rule(
@@ -239,6 +248,7 @@ RULES: list[Rule] = [
             "USETMAXREG": 2,
         },
         dynamic_smem=attention_wgmma_smem,
+        schedule=WGMMA_OVERLAP,
         only="sm_90a",
     ),
     # ---- attention around them. Combine is latency-bound: 8 partial rows a warp on their way. The

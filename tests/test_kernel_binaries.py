@@ -57,6 +57,17 @@ def test_problems_are_found(changes: dict[str, object], message: str) -> None:
         assert list(problems_of(code(**changes), "k<1>", [RULE])) == []
 
 
+def test_schedules() -> None:
+    """The exponentials must stand between the two waits; elsewhere than on `only` nothing must."""
+    rule = Rule("k<.*>", min_ctas={"all": 1}, schedule="MMwE{4}", only="sm_90a")
+    good, bad = (code(arch="sm_90a", schedule=s) for s in ("MMwEEEEW", "MMwEEWEE"))
+    assert list(problems_of(good, "k<1>", [rule])) == []
+    assert "must hold the schedule MMwE{4}, got M2 w1 E2 W1 E2" in next(
+        problems_of(bad, "k<1>", [rule])
+    )
+    assert list(problems_of(code(schedule=""), "k<1>", [rule])) == []
+
+
 def test_every_kernel_needs_one_rule() -> None:
     assert "must match one rule" in next(problems_of(code(), "other", [RULE]))
     assert "must match one rule" in next(problems_of(code(), "k<1>", [RULE, RULE]))

@@ -54,6 +54,12 @@ constexpr int attention_register_ctas(int head_dim, int tile_rows) {
 NLD_HD int32_t attention_first_step(int32_t cta, int32_t num_ctas) { return 2 * (num_ctas - cta) - 1; }
 NLD_HD int32_t attention_next_step(int32_t step, int32_t num_ctas) { return 2 * num_ctas - step; }
 
+// Is K and V of most requests read by one tile of rows only? Then L2 need not keep it for another (Hopper). The next
+// forward reads it again, but all layers later.
+NLD_HD bool attention_reads_keys_once(int64_t total_q, int64_t batch, int64_t heads_per_kv, int32_t tile_rows) {
+  return total_q * heads_per_kv <= batch * tile_rows;
+}
+
 // ---- where keys are cut ----
 
 constexpr int32_t kPlanKeys = 64;         // splits that the plan chooses freely start at multiples of this

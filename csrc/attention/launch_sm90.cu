@@ -2,6 +2,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "attention/heuristic.h"
 #include "attention/ring_sm90.cuh"
 #include "common/tensor_map.h"
 
@@ -61,7 +62,9 @@ bool attention_wgmma_takes(const AttentionParams& p, int32_t tile_rows) {
 }
 
 LaunchError launch_attention_wgmma(const AttentionCudaParams& op, void* stream) {
-  HopperParams p = {mma_params(op), {}, {}, box_rows(op)};
+  const bool reads_once =
+      attention_reads_keys_once(op.total_q, op.batch, op.plan_shape.heads_per_kv, op.plan_shape.tile_rows);
+  HopperParams p = {mma_params(op), {}, {}, box_rows(op), reads_once ? ptx::L2Keep::kLeast : ptx::L2Keep::kNormally};
   // What has no map (a stride of 0, say) is gathered.
   if (p.box_rows > 0 &&
       (map_pages(&p.k_map, op, op.k, p.box_rows) != nullptr || map_pages(&p.v_map, op, op.v, p.box_rows) != nullptr)) {

@@ -12,6 +12,7 @@ struct HopperParams {
   MmaParams mma;
   ptx::TensorMap k_map, v_map;  // [page][kv head][token][dim], boxes of box_rows tokens x 64 dims
   int box_rows;                 // tokens of a page that one copy brings, a multiple of 8; 0: no maps, gather each row
+  ptx::L2Keep keep;
 };
 
 // Instances: launch_sm90_<dtype>_<head_dim>.cu.

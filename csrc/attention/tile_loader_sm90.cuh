@@ -102,7 +102,7 @@ class HopperLoader {
 #pragma unroll
       for (int column = 0; column < Shape::kColumns; ++column) {
         const int at[4] = {column * 64, static_cast<int>(in_page), kv_head_, is_v ? v_page_ : k_page_};
-        ptx::tma_load<4>(&sm_->slots[now_.slot][column][row * 8], is_v ? &p_.v_map : &p_.k_map, at, full);
+        ptx::tma_load<4>(&sm_->slots[now_.slot][column][row * 8], is_v ? &p_.v_map : &p_.k_map, at, full, p_.keep);
       }
     }
     __syncwarp();

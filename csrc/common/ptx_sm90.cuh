@@ -165,31 +165,41 @@ PTX_FN void prefetch_tensor_map(const TensorMap* map) {
 #endif
 }
 
+// How long L2 is to keep what a copy reads: the words that createpolicy makes for whole lines, as CUTLASS passes them.
+enum class L2Keep : uint64_t {
+  kNormally = 0x1000000000000000,
+  kLeast = 0x12f0000000000000,  // the first to go: data that is read once
+  kMost = 0x14f0000000000000,
+};
+
 // Copies the box that starts at element at[0] of the innermost dimension, at[1] of the next ... Coordinates may be
 // negative or beyond the end: such elements become zero and count as bytes all the same. dst is aligned to 128 bytes,
 // with a swizzle of 128 bytes to 1024 (64: 512, 32: 256).
 template <int kRank>
-PTX_FN void tma_load(void* dst, const TensorMap* map, const int (&at)[kRank], uint64_t* bar PTX_LOC_) {
+PTX_FN void tma_load(void* dst, const TensorMap* map, const int (&at)[kRank], uint64_t* bar,
+                     L2Keep keep = L2Keep::kNormally PTX_LOC_) {
   static_assert(kRank >= 1 && kRank <= 5);
 #if NLD_ON_DEVICE
-#define NLD_TMA(dim) "cp.async.bulk.tensor." dim ".shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, "
+#define NLD_TMA(dim, corner, ...)                                                                             \
+  NLD_ASM_SM90("cp.async.bulk.tensor." dim                                                                    \
+               ".shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {" corner \
+               "}], [%2], %3;" ::"r"(to),                                                                     \
+               "l"(map), "r"(on), "l"(static_cast<uint64_t>(keep)), __VA_ARGS__ : "memory")
   const uint32_t to = smem_u32(dst), on = smem_u32(bar);
   if constexpr (kRank == 1) {
-    NLD_ASM_SM90(NLD_TMA("1d") "{%3}], [%2];" ::"r"(to), "l"(map), "r"(on), "r"(at[0]) : "memory");
+    NLD_TMA("1d", "%4", "r"(at[0]));
   } else if constexpr (kRank == 2) {
-    NLD_ASM_SM90(NLD_TMA("2d") "{%3, %4}], [%2];" ::"r"(to), "l"(map), "r"(on), "r"(at[0]), "r"(at[1]) : "memory");
+    NLD_TMA("2d", "%4, %5", "r"(at[0]), "r"(at[1]));
   } else if constexpr (kRank == 3) {
-    NLD_ASM_SM90(NLD_TMA("3d") "{%3, %4, %5}], [%2];" ::"r"(to), "l"(map), "r"(on), "r"(at[0]), "r"(at[1]),
-                 "r"(at[2]) : "memory");
+    NLD_TMA("3d", "%4, %5, %6", "r"(at[0]), "r"(at[1]), "r"(at[2]));
   } else if constexpr (kRank == 4) {
-    NLD_ASM_SM90(NLD_TMA("4d") "{%3, %4, %5, %6}], [%2];" ::"r"(to), "l"(map), "r"(on), "r"(at[0]), "r"(at[1]),
-                 "r"(at[2]), "r"(at[3]) : "memory");
+    NLD_TMA("4d", "%4, %5, %6, %7", "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]));
   } else {
-    NLD_ASM_SM90(NLD_TMA("5d") "{%3, %4, %5, %6, %7}], [%2];" ::"r"(to), "l"(map), "r"(on), "r"(at[0]), "r"(at[1]),
-                 "r"(at[2]), "r"(at[3]), "r"(at[4]) : "memory");
+    NLD_TMA("5d", "%4, %5, %6, %7, %8", "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4]));
   }
 #undef NLD_TMA
 #else
+  static_cast<void>(keep);
   ::emu::tma_load(dst, map, at, kRank, bar, loc);
 #endif
 }

@@ -135,7 +135,7 @@ __global__ void tma_kernel(const __grid_constant__ ptx::TensorMap map, const int
   for (int phase = 0; phase < 2; ++phase) {
     if (i == 0) {
       ptx::mbar_arrive_expect_tx(&sm->bar, num_bytes);
-      ptx::tma_load<kRank>(sm->tile, &map, corner, &sm->bar);
+      ptx::tma_load<kRank>(sm->tile, &map, corner, &sm->bar, kRank % 2 == 0 ? ptx::L2Keep::kLeast : ptx::L2Keep::kMost);
     }
     ptx::mbar_wait(&sm->bar, phase);
     for (int b = i; b < num_bytes; b += 64) out[b] = sm->tile[b];
