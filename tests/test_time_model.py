@@ -96,7 +96,7 @@ def test_devices_by_name() -> None:
 
 
 # FlashAttention-3 and XQA, 32/8 heads of 128, bfloat16, pages of 16, one token a request, on a GPU
-# that copies 4.3 TB/s, as published: docs/predictions.md. Batch, keys, microseconds.
+# that copies 4.3 TB/s, as published: docs/tuning.md. Batch, keys, microseconds.
 FA3 = [
     (1, 1024, 11.0), (1, 4096, 14.5), (1, 16384, 27.2), (1, 32768, 43.5),
     (8, 1024, 17.5), (8, 4096, 41.6), (8, 16384, 132.7), (8, 32768, 253.5),

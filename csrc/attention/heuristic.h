@@ -20,6 +20,8 @@ namespace nld {
 // Rows of a tile, by the average packed rows of a request: fewer rows waste less of the tensor cores, more rows share
 // what is read of K and V. In 16-row tiles the warps of a CTA share the keys, which adds in another order than a warp
 // that owns its rows, as with 64 and 128; with a fixed split_len no row may depend on the batch, so 16 is not used.
+// Small batches would like 64 rows up to some 4k keys and 128 beyond (docs/tuning.md), but the context is not known
+// here.
 NLD_HD int32_t attention_tile_rows(int64_t total_q, int64_t batch, int64_t heads_per_kv, int64_t split_len) {
   const int64_t rows = batch > 0 ? (total_q * heads_per_kv + batch - 1) / batch : 0;
   if (rows > 64) return 128;
@@ -49,8 +51,8 @@ constexpr int attention_register_ctas(int head_dim, int tile_rows) {
 
 // CTA c of n works on the pairs (item, kv head) c, 2n - 1 - c, 2n + c, 4n - 1 - c, ...: items come longest first, so
 // going back after going forth lets the CTA with the longest of one round have the shortest of the next. By the time
-// model within 2 % of taking the next free item, without a counter in memory that must be zero; c, n + c, 2n + c, ...
-// took 20 % longer on a prompt of 2048. The steps between a CTA's pairs alternate:
+// model within 2 % of taking the next free item (6 % in the worst batch), without a counter in memory that must be
+// zero; c, n + c, 2n + c, ... took 20 % longer on a prompt of 2048. The steps between a CTA's pairs alternate:
 NLD_HD int32_t attention_first_step(int32_t cta, int32_t num_ctas) { return 2 * (num_ctas - cta) - 1; }
 NLD_HD int32_t attention_next_step(int32_t step, int32_t num_ctas) { return 2 * num_ctas - step; }
 
