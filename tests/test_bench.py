@@ -228,6 +228,19 @@ def test_a_baseline_that_breaks_does_not_stop_the_cell(monkeypatch: pytest.Monke
     assert "cannot be captured" in row["baselines"]["later"]["reason"]
 
 
+@pytest.mark.parametrize("cell", [c for c in rehearsal.cells() if isinstance(c, grid.Append)])
+def test_append_is_compared_with_the_eager_ops(cell: grid.Append) -> None:
+    bench = suite.OP_BENCHES["append"]
+    problem = bench.problem(cell, torch.device("cpu"))
+    torch_ops = bench.baselines[0]
+    made = torch_ops.make(problem)
+    result = made.result(made.call())
+    assert torch_ops.differs(problem, result) is None
+    written = result.v_cache.float() != 0
+    result.v_cache.copy_(torch.where(written, result.v_cache.float() * 1.5, 0))
+    assert "differs" in str(torch_ops.differs(problem, result))
+
+
 def test_our_own_failure_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = replace(suite.OP_BENCHES["append"], problem=lambda cell, device: 1 / 0)
     monkeypatch.setitem(suite.OP_BENCHES, "append", bench)
