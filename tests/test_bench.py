@@ -177,6 +177,14 @@ def test_other_commands_still_refuse_unknown_options(capsys: Any) -> None:
     assert stop.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
 
 
+def test_every_baseline_can_be_asked_for() -> None:
+    from nld_cuda.bench import runner
+
+    names = suite.baseline_names()
+    assert runner.baselines_of(",".join(names)) == names
+    assert runner.baselines_of("all") is None and runner.baselines_of("none") == []
+
+
 def only(cell_name: str, **more: Any) -> suite.Suite:
     """Return a suite that is quick."""
     return suite.Suite(

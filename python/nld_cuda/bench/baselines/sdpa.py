@@ -160,7 +160,7 @@ FLASH = Baseline(
     note=NOTE,
 )  # fmt: skip
 FLASH_EXPANDED = Baseline(
-    "sdpa flash, expanded K/V", _make(expand=True, flash=True), attention.differs,
+    "sdpa flash expanded", _make(expand=True, flash=True), attention.differs,
     missing=_cpu_only, refuses=_flash_refuses, around=_backend(SDPBackend.FLASH_ATTENTION),
     layout="expanded", layout_bytes=_expanded_bytes, note=NOTE + ", nor copying the heads",
 )  # fmt: skip
