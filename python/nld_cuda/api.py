@@ -183,6 +183,21 @@ class NLDModel(_Transformer):
         return ids, max((r.nfe for r in result.stats.requests), default=0)
 
 
+def checkpoint_folder(path_or_name: str | Path) -> Path:
+    """Folder of a checkpoint, or of a model that comes with the package. Raises as `load`."""
+    if not isinstance(path_or_name, str | Path):
+        raise TypeError(f"load: path_or_name must be a path, got {type(path_or_name).__name__}")
+    folder = Path(path_or_name)
+    if not folder.is_dir() and str(path_or_name) in PACKAGED:
+        folder = ASSETS / str(path_or_name)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"load: path_or_name must be a checkpoint folder or one of {', '.join(PACKAGED)}, "
+            f"got {str(path_or_name)!r}"
+        )
+    return folder
+
+
 def load(
     path_or_name: str | Path,
     device: torch.device | str = "auto",
@@ -215,16 +230,7 @@ def load(
     """
     if kv_dtype not in ("auto", "fp8", torch.float8_e4m3fn):
         raise ValueError(f"load: kv_dtype must be auto or fp8, got {kv_dtype}")
-    if not isinstance(path_or_name, str | Path):
-        raise TypeError(f"load: path_or_name must be a path, got {type(path_or_name).__name__}")
-    folder = Path(path_or_name)
-    if not folder.is_dir() and str(path_or_name) in PACKAGED:
-        folder = ASSETS / str(path_or_name)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"load: path_or_name must be a checkpoint folder or one of {', '.join(PACKAGED)}, "
-            f"got {str(path_or_name)!r}"
-        )
+    folder = checkpoint_folder(path_or_name)
     weights = load_model(folder, device, dtype, None if lora == "none" else lora, progress=progress)
     model = NLDModel(
         weights.config, weights.embed, weights.layers, weights.norm, weights.head,

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nld_cuda.api import checkpoint_folder
 from nld_cuda.model.checkpoint import EMBEDDING, canonical_name, matrix_shapes
 from nld_cuda.model.config import ModelConfig
 from nld_cuda.model.int4 import GROUP_SIZES, pack_words
@@ -57,7 +58,7 @@ def quantize(
     complete.
 
     Args:
-        source: checkpoint folder with dense weights.
+        source: checkpoint folder with dense weights, or the packaged model's name.
         target: folder to write; made where it is missing.
         group_size: inputs that share a scale: 32, 64, 128 or 256, and a divisor of every matrix.
         head: quantise the head as well; not where it is tied to the embedding.
@@ -67,7 +68,7 @@ def quantize(
         FileNotFoundError: source has no checkpoint.
         ValueError: a rule above is broken, or target is source or holds another checkpoint.
     """
-    folder, out = Path(source), Path(target)
+    folder, out = checkpoint_folder(source), Path(target)
     config = ModelConfig.from_file(folder)
     if config.int4 is not None:
         raise ValueError(f"quantize: source must have dense weights, {folder} is quantised already")
