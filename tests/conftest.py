@@ -55,6 +55,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Compiled graphs are kept by their code, which does not tell when the fake of an op changes.
+    torch.compiler.config.force_disable_caches = True
     emulated.default_variant = config.getoption("--emulated") or "plain"
     config.addinivalue_line("markers", "backends(*names): the test is for these backends only")
     config.addinivalue_line(

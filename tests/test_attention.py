@@ -170,6 +170,29 @@ def test_reference_mask_is_the_written_rule(mode: int) -> None:
                 assert bool(mask[i, j]) == rule, (mode, rows, seq_len, i, j)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads_of_groups_are_computed_as_a_chain(dtype: torch.dtype, backend) -> None:
+    """Quadratic drafts are judged by the bits of `ar`: same keys, same order, same steps."""
+    k, context = 5, 90
+    rows = k * (k + 1)
+    case = AttentionCase("x", (Request(rows, context + rows, QUADRATIC, k),), split_len=64)
+    args, options = make(case, dtype, backend.device)
+    out, lse = ops.block_attention(*args, **options)
+    chain = torch.tensor(
+        [*range(context), *range(context, context + rows, k + 1)], device=backend.device
+    )
+    slots = args[3][0, chain // 16].long() * 16 + chain % 16
+    args[0] = args[0][:: k + 1]
+    for i in (1, 2):  # one page that holds the cache and the heads
+        args[i] = args[i].flatten(0, 1)[slots][None]
+    ints = [[0], [context + k], [0, k], [CAUSAL]]
+    args[3:] = [torch.tensor(v, dtype=INT, device=backend.device) for v in ints]
+    args[3] = args[3][None]
+    alone, lse_alone = ops.block_attention(*args, split_len=64)
+    assert_equal(alone, out[:: k + 1], "out")
+    assert_equal(lse_alone, lse[:, :: k + 1], "lse")
+
+
 def test_rows_that_see_nothing(backend) -> None:
     case = AttentionCase(
         "x", (Request(3, 0, FULL), Request(5, 2, CAUSAL), Request(2, 7)), extra_rows=4

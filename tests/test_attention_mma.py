@@ -15,7 +15,7 @@ import torch
 import emulated
 from cases import BLOCK_CAUSAL, CAUSAL, FULL, QUADRATIC, AttentionCase, Request
 from compare import assert_equal
-from nld_cuda import ops
+from nld_cuda import ops, reference
 from test_attention import check, expected, make
 
 pytestmark = pytest.mark.backends("emulated", "cuda")  # those that have this kernel
@@ -139,9 +139,11 @@ def test_groups_leave_whole_tiles_unread(backend) -> None:
     args, options = make(case, torch.bfloat16, backend.device)
     want, _ = ops.block_attention(*args, **options)
     check((want, _), args, options)
-    pages = args[3][0, 64 // 16 : 128 // 16].long()  # the second tile of the first group: no head
-    args[1][pages] = torch.nan
-    args[2][pages] = torch.nan
+    # Keys 64 to 127 are members of the first group, after the heads and its first members.
+    tokens = reference.reading_order(QUADRATIC, 256, 256, block_len)[64:128]
+    pages, offsets = args[3][0].cpu()[tokens // 16].long(), tokens % 16
+    args[1][pages, offsets] = torch.nan
+    args[2][pages, offsets] = torch.nan
     out, _ = ops.block_attention(*args, **options)
     assert_equal(out[128:], want[128:], "rows of the second group")
     assert out[1:128].isnan().all()
@@ -173,6 +175,25 @@ def test_tiles_of_64_and_128_rows_give_equal_bits(dim: int, dtype: torch.dtype, 
         assert_equal(out_one, out[begin:end], f"out of request {b}")
         assert_equal(lse_one, lse[:, begin:end], f"lse of request {b}")
         begin = end
+
+
+@pytest.mark.parametrize("split_len", [64, 100, 1000])
+def test_groups_do_not_depend_on_the_rows_of_a_tile(split_len: int, backend) -> None:
+    """Tiles of 64 and 128 rows see other holes; a row's steps and splits are the request's."""
+    groups = Request(150, 200, QUADRATIC, 49)
+    case = AttentionCase(
+        "x", (groups, *[Request(1, 9)] * 3), heads=1, kv_heads=1, split_len=split_len
+    )
+    args, options = make(case, torch.bfloat16, backend.device)
+    assert plan_tile_rows(args, options, case) == 64
+    out, lse = ops.block_attention(*args, **options)
+    check((out, lse), args, options)
+    one = [args[0][:150], *args[1:3], args[3][:1], args[4][:1], args[5][:2], args[6][:1]]
+    one_options = {n: v[:1] if isinstance(v, torch.Tensor) else v for n, v in options.items()}
+    assert plan_tile_rows(one, one_options, case) == 128
+    out_one, lse_one = ops.block_attention(*one, **one_options)
+    assert_equal(out_one, out[:150], "out")
+    assert_equal(lse_one, lse[:, :150], "lse")
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3, 3.0])

@@ -75,11 +75,12 @@ def parse(plan: Tensor, batch: Batch) -> Parsed:
     requests = len(batch.requests)
     max_tiles = total // header["tile_rows"] + min(requests, header["total_q"]) if requests else 0
     fields = "request row_begin num_rows key_end num_splits split_keys first_slot first_item"
+    fields += " hole_begin hole_end heads_begin unused"
     tiles = [
-        dict(zip(fields.split(), words[12 + 8 * t : 20 + 8 * t], strict=True))
+        dict(zip(fields.split(), words[12 + 12 * t : 24 + 12 * t], strict=True))
         for t in range(header["num_tiles"])
     ]
-    at = 12 + 8 * max_tiles
+    at = 12 + 12 * max_tiles
     split_tiles = words[at : at + header["num_split_tiles"]]
     at = (at + max_tiles + 3) // 4 * 4
     items = [tuple(words[i : i + 4]) for i in range(at, at + 4 * header["num_items"], 4)]
@@ -87,9 +88,17 @@ def parse(plan: Tensor, batch: Batch) -> Parsed:
 
 
 def seen_keys(request: Request) -> Tensor:
-    return reference.visible_keys(
-        request.mode, request.seq_len, request.rows, request.block_len, request.phase
-    )
+    """The mask of a request, its keys in the order in which kernels read them."""
+    r = request
+    visible = reference.visible_keys(r.mode, r.seq_len, r.rows, r.block_len, r.phase)
+    return visible[:, reference.reading_order(r.mode, r.seq_len, r.rows, r.block_len)]
+
+
+def counted_before(tile: dict[str, int], key: int, split_len: int) -> int:
+    """Keys below `key` without those whole steps of the tile's hole that items leave out."""
+    step = split_len or 64
+    begin, end = -(-tile["hole_begin"] // step) * step, tile["hole_end"] // step * step
+    return key - max(min(key, end) - begin, 0)
 
 
 def check_promises(plan: Parsed, batch: Batch) -> None:
@@ -112,7 +121,9 @@ def check_promises(plan: Parsed, batch: Batch) -> None:
         assert [s for s, *_ in splits] == list(range(tile["num_splits"]))
         covered = torch.zeros(batch.requests[request].seq_len, dtype=torch.int32)
         for split, key_begin, key_end in splits:
-            assert key_begin == split * tile["split_keys"], "a split must start at its multiple"
+            begin_counted = counted_before(tile, key_begin, batch.split_len)
+            assert begin_counted == split * tile["split_keys"], "a split must start at its multiple"
+            assert key_begin % (batch.split_len or 64) == 0, "not an absolute multiple"
             assert tile["num_splits"] == 1 or key_begin < key_end
             covered[key_begin:key_end] += 1
         assert (covered <= 1).all(), "a key is counted twice"
@@ -120,6 +131,9 @@ def check_promises(plan: Parsed, batch: Batch) -> None:
         assert not (mask & (covered == 0)).any(), "a visible key is left out"
         last = int(mask.any(0).nonzero().max()) + 1 if mask.any() else 0
         assert tile["key_end"] == last, "keys are read that no row sees"
+        assert mask[:, : tile["hole_begin"]].any(0).all(), "the hole begins too late"
+        assert not mask[:, tile["hole_begin"] : tile["hole_end"]].any(), "the hole is seen"
+        assert mask[:, tile["hole_end"] : last].any(0).all(), "the hole ends too early"
         if batch.split_len > 0:
             assert tile["split_keys"] == batch.split_len
         else:
@@ -132,7 +146,10 @@ def check_promises(plan: Parsed, batch: Batch) -> None:
         assert rows == batch.requests[request].rows * per_kv, "rows are left out"
     assert slots == list(range(header["num_slots"])), "slots must be numbered in order"
     assert plan.split_tiles == [t for t, x in enumerate(plan.tiles) if x["num_splits"] > 1]
-    lengths = [end - begin for _, _, begin, end in plan.items]
+    lengths = []
+    for t, _, *ends in plan.items:
+        begin, end = (counted_before(plan.tiles[t], key, batch.split_len) for key in ends)
+        lengths.append(end - begin)
     longest = max(lengths, default=0)
     assert header["max_item_keys"] == longest
     order = [
@@ -179,6 +196,10 @@ BATCHES = {
         tuple(Request(70, 261, BLOCK_CAUSAL, 24, phase) for phase in (0, 5, -7)), num_sms=40
     ),
     "groups": Batch((Request(272, 1272, QUADRATIC, 16), Request(40, 40, QUADRATIC, 3)), num_sms=64),
+    "groups-split": Batch(
+        (Request(272, 472, QUADRATIC, 16), Request(99, 99, QUADRATIC, 1)), split_len=50
+    ),
+    "groups-lost": Batch(tuple(Request(300, 230 + i, QUADRATIC, 2) for i in range(4)), num_sms=1),
 }
 
 

@@ -27,7 +27,7 @@ import test_kv_cache
 import test_sampler
 import test_sampler_kernel
 import test_verify
-from cases import ATTENTION_CORRECT, CAUSAL, FULL, AttentionCase, Request
+from cases import ATTENTION_CORRECT, CAUSAL, FULL, QUADRATIC, AttentionCase, Request
 from conftest import Backend
 from nld_cuda import ops
 
@@ -116,6 +116,16 @@ def attention_of_hopper(b: Backend) -> None:
     """Whole tiles by the copy engine, last ones gathered; several items per CTA."""
     requests = (Request(20, 330, CAUSAL), Request(70, 131, FULL))
     test_attention_mma.run(AttentionCase("x", requests, kv_heads=4, dim=128), BF16, b)
+
+
+def attention_groups(b: Backend) -> None:
+    """A tile of rows lies in the last of three groups: a hole before its own."""
+    case = AttentionCase("x", (Request(240, 300, QUADRATIC, 79),), heads=1, kv_heads=1)
+    test_attention_mma.run(case, BF16, b)
+
+
+def attention_groups_in_float32(b: Backend) -> None:
+    test_attention_mma.run(AttentionCase("x", (Request(20, 60, QUADRATIC, 4),)), F32, b)
 
 
 def attention_in_splits(b: Backend) -> None:
@@ -211,6 +221,10 @@ BUGS = [
     Bug("attention_fp8_lost_nan", attention_fp8_nan, NUMBERS),
     Bug("attention_wait_depth", attention_fp8_ahead, RACE),
     Bug("attention_missing_barrier", attention_fp8_ahead, RACE),
+    Bug("attention_head_stride", attention_groups, NUMBERS),
+    Bug("attention_group_edge", attention_groups, NUMBERS),
+    Bug("attention_hole_end", attention_groups, NUMBERS),
+    Bug("attention_head_stride", attention_groups_in_float32, NUMBERS),
     Bug("simt_no_barrier", attention_in_splits, RACE),
     Bug("simt_lost_tail", attention_in_splits, NUMBERS),
     Bug("simt_mask_edge", attention_in_splits, NUMBERS),

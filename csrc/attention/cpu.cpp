@@ -23,7 +23,7 @@ struct Scratch : TileBuffers<Dot> {
   Accumulator total;
 
   static int64_t floats(const Shape& shape) {
-    return 16 + shape.rows * (round_up(shape.dim_words, 16) + 4) +
+    return 16 + shape.rows * (round_up(shape.dim_words, 16) + 3) +
            shape.keys * (round_up(shape.dim_words, 16) + shape.dims) + shape.keys * kPanelVecs * kLanes +
            2 * accumulator_floats(shape.rows, shape.dims);
   }
@@ -36,7 +36,7 @@ struct Scratch : TileBuffers<Dot> {
     this->v = reinterpret_cast<Word*>(memory += shape.keys * round_up(shape.dim_words, 16));
     this->s = memory += shape.keys * shape.dims;
     this->view = reinterpret_cast<int32_t*>(memory += shape.keys * kPanelVecs * kLanes);
-    this->split = accumulator_at(memory += 4 * shape.rows, shape.rows);
+    this->split = accumulator_at(memory += 3 * shape.rows, shape.rows);
     total = accumulator_at(memory + accumulator_floats(shape.rows, shape.dims), shape.rows);
   }
 };
@@ -192,12 +192,11 @@ void set_views(const RequestMask& mask, const AttentionParams& p, const Attentio
                const Scratch<Dot>& scratch) {
   const int64_t heads_per_kv = p.num_heads / p.num_kv_heads;
   for (int64_t r = 0; r < round_up(item.num_rows, kLanes); ++r) {
-    RowView view = {0, 0, 0, 0};
+    RowView view = {0, 0, 0};
     if (r < item.num_rows) view = row_view(mask, static_cast<int32_t>((item.row_begin + r) / heads_per_kv));
     scratch.view[r] = view.dense_end;
-    scratch.view[shape.rows + r] = view.head_end;
-    scratch.view[2 * shape.rows + r] = view.group_begin;
-    scratch.view[3 * shape.rows + r] = view.group_end;
+    scratch.view[shape.rows + r] = view.group_begin;
+    scratch.view[2 * shape.rows + r] = view.group_end;
   }
 }
 
@@ -216,42 +215,41 @@ void run_split(const AttentionParams& p, const AttentionItem& item, int64_t spli
   const float scale = p.softmax_scale * scale_of_head(p.k_scale, item.kv_head);
   const int64_t rows = round_up(item.num_rows, kLanes), num_panels = (rows + kPanelRows - 1) / kPanelRows;
   clear(scratch.split, rows, shape.dims);
-  // Ends over each panel: keys everybody sees, keys anybody sees.
-  int64_t dense_end[kAttentionTileRows / kPanelRows + 1], any_end[kAttentionTileRows / kPanelRows + 1];
-  int64_t item_end = 0;
-  for (int64_t row0 = 0, panel = 0; row0 < rows; row0 += kPanelRows, ++panel) {
-    dense_end[panel] = mask.seq_len;
-    any_end[panel] = 0;
-    for (int64_t r = row0; r < min64(row0 + kPanelRows, item.num_rows); ++r) {
-      const RowView view = {scratch.view[r], scratch.view[shape.rows + r], scratch.view[2 * shape.rows + r],
-                            scratch.view[3 * shape.rows + r]};
-      const int64_t end = view_end(view);
-      if (view.dense_end < dense_end[panel]) dense_end[panel] = view.dense_end;
-      if (end > any_end[panel]) any_end[panel] = end;
-    }
-    if (any_end[panel] > item_end) item_end = any_end[panel];
-  }
-  const int64_t last = min64(item_end, (split + 1) * p.split_len);
-  const int64_t first = split * p.split_len;
+  const int64_t heads_per_kv = p.num_heads / p.num_kv_heads;
+  const auto keys_of = [&](int64_t row0, int64_t num_rows) {
+    return tile_keys(mask, static_cast<int32_t>((item.row_begin + row0) / heads_per_kv),
+                     static_cast<int32_t>((item.row_begin + row0 + num_rows - 1) / heads_per_kv));
+  };
+  const TileKeys item_keys = keys_of(0, item.num_rows);
+  const int64_t begin = split * p.split_len, last = min64(item_keys.key_end, begin + p.split_len);
+  if (begin >= last) return;
+  const KeyRange hole = whole_steps(item_keys.hole_begin, item_keys.hole_end, static_cast<int32_t>(begin), kTileKeys);
+  const int64_t first = begin == hole.begin ? hole.end : begin;
   if (first >= last) return;
+  TileKeys panel_keys[kAttentionTileRows / kPanelRows + 1];
+  for (int64_t row0 = 0; row0 < rows; row0 += kPanelRows) {
+    panel_keys[row0 / kPanelRows] = keys_of(row0, min64(kPanelRows, item.num_rows - row0));
+  }
   KvWalker walker(p, item, sizeof(Kv));
   Prefetcher prefetcher{walker, p.head_dim * static_cast<int64_t>(sizeof(Kv))};
-  walker.seek(first);
-  for (int64_t key0 = first; key0 < last; key0 += kTileKeys) {
-    const int64_t num_keys = min64(kTileKeys, last - key0), next = key0 + num_keys;
+  for (int64_t key0 = first, next; key0 < last; key0 = next) {
+    const int64_t num_keys = min64(kTileKeys, last - key0);
+    next = key0 + num_keys == hole.begin ? hole.end : key0 + num_keys;
+    if (key0 != walker.key || key0 == first) walker.seek(key0);
     gather_tile<Kv, Dot>(walker, num_keys, p.head_dim, shape, scratch);
-    prefetcher.start(next, min64(kTileKeys, item_end - next), num_panels * (kTileKeys + shape.dims) / kCols);
-    for (int64_t row0 = 0, panel = 0; row0 < rows; row0 += kPanelRows, ++panel) {
-      if (any_end[panel] <= key0) continue;
+    prefetcher.start(next, min64(kTileKeys, item_keys.key_end - next), num_panels * (kTileKeys + shape.dims) / kCols);
+    for (int64_t row0 = 0; row0 < rows; row0 += kPanelRows) {
+      const TileKeys& seen = panel_keys[row0 / kPanelRows];
+      if (seen.key_end <= key0 || (seen.hole_begin <= key0 && key0 + num_keys <= seen.hole_end)) continue;
       // Keys past the last visible one would add exact zeros.
-      const int64_t panel_keys = min64(num_keys, any_end[panel] - key0);
-      const bool masked = dense_end[panel] < key0 + panel_keys;
+      const int64_t visible_keys = min64(num_keys, seen.key_end - key0);
+      const bool masked = scratch.view[row0] < key0 + visible_keys;  // dense_end of the panel's first row, the lowest
       if (rows - row0 >= kPanelRows) {
-        panel_tile<Dot, VecF, kPanelVecs>(p, scale, mask, shape, scratch, row0, key0, panel_keys, masked, prefetcher);
+        panel_tile<Dot, VecF, kPanelVecs>(p, scale, shape, scratch, row0, key0, visible_keys, masked, prefetcher);
       } else if (item.num_rows <= kNarrowLanes) {
-        panel_tile<Dot, VecNarrow, 1>(p, scale, mask, shape, scratch, row0, key0, panel_keys, masked, prefetcher);
+        panel_tile<Dot, VecNarrow, 1>(p, scale, shape, scratch, row0, key0, visible_keys, masked, prefetcher);
       } else {
-        panel_tile<Dot, VecF, 1>(p, scale, mask, shape, scratch, row0, key0, panel_keys, masked, prefetcher);
+        panel_tile<Dot, VecF, 1>(p, scale, shape, scratch, row0, key0, visible_keys, masked, prefetcher);
       }
     }
   }

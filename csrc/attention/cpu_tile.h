@@ -117,44 +117,43 @@ template <class Dot>
 struct TileBuffers {
   typename Dot::Word *q, *k, *v;
   float* s;       // [key][row] of one panel: scores, then probabilities
-  int32_t* view;  // RowView of each row, field by field: [4][rows]
+  int32_t* view;  // RowView of each row, field by field: [3][rows]
   Accumulator split;
 };
 
-// Steps through the keys and values of one kv head of a request, page by page; strides in bytes.
+// Steps through the keys and values of one kv head of a request in their order, page by page; strides in bytes.
 struct KvWalker {
   const char *k_base, *v_base, *k = nullptr, *v = nullptr;
   const int32_t* table;
-  int64_t page_size, k_page, k_token, v_page, v_token, page = 0, offset = 0;
+  const KeyOrder order;
+  int64_t page_size, k_page, k_token, v_page, v_token;
+  int64_t key = 0, offset = 0, end = 0;  // the next key, where in its page, and up to which key the next ones follow
 
   KvWalker(const AttentionParams& p, const AttentionItem& item, int64_t element_bytes)
       : k_base(static_cast<const char*>(p.k.data) + item.kv_head * p.k.head_stride * element_bytes),
         v_base(static_cast<const char*>(p.v.data) + item.kv_head * p.v.head_stride * element_bytes),
         table(p.page_table + item.request * p.page_table_stride),
+        order(key_order(request_mask(p, item.request))),
         page_size(p.page_size),
         k_page(p.k.page_stride * element_bytes),
         k_token(p.k.token_stride * element_bytes),
         v_page(p.v.page_stride * element_bytes),
         v_token(p.v.token_stride * element_bytes) {}
-  void open_page() {
+  void seek(int64_t to) {
+    const int64_t token = token_of_key(order, static_cast<int32_t>(to)), page = token / page_size;
+    key = to;
+    offset = token % page_size;
+    end = min64(key + page_size - offset, key_run_end(order, static_cast<int32_t>(to)));
     k = k_base + table[page] * k_page;
     v = v_base + table[page] * v_page;
   }
-  void seek(int64_t key) {
-    page = key / page_size;
-    offset = key % page_size;
-    open_page();
-  }
   // Opens a page only when one of its keys is asked for: entries past the last one may hold anything.
-  __attribute__((always_inline)) void next(const char*& key, const char*& value) {
-    if (offset == page_size) {
-      offset = 0;
-      ++page;
-      open_page();
-    }
-    key = k + offset * k_token;
-    value = v + offset * v_token;
+  __attribute__((always_inline)) void next(const char*& key_row, const char*& value_row) {
+    if (key == end) seek(key);
+    key_row = k + offset * k_token;
+    value_row = v + offset * v_token;
     ++offset;
+    ++key;
   }
 };
 
@@ -213,26 +212,18 @@ NLD_INLINE void cap_scores(float softcap, float* s, int64_t num_keys) {
 
 // Scores of keys a row does not see become -inf.
 template <int kVecs>
-NLD_INLINE void mask_scores(const RequestMask& mask, const int32_t* view, int64_t view_stride, int64_t key0,
-                            int64_t num_keys, float* s) {
-  const bool quadratic = mask.mode == MaskMode::kQuadratic;
-  VecI dense_end[kVecs], head_end[kVecs], group_begin[kVecs], group_end[kVecs];
+NLD_INLINE void mask_scores(const int32_t* view, int64_t view_stride, int64_t key0, int64_t num_keys, float* s) {
+  VecI dense_end[kVecs], group_begin[kVecs], group_end[kVecs];
   for (int v = 0; v < kVecs; ++v) {
     memcpy(&dense_end[v], view + v * kLanes, sizeof(VecI));
-    memcpy(&head_end[v], view + view_stride + v * kLanes, sizeof(VecI));
-    memcpy(&group_begin[v], view + 2 * view_stride + v * kLanes, sizeof(VecI));
-    memcpy(&group_end[v], view + 3 * view_stride + v * kLanes, sizeof(VecI));
+    memcpy(&group_begin[v], view + view_stride + v * kLanes, sizeof(VecI));
+    memcpy(&group_end[v], view + 2 * view_stride + v * kLanes, sizeof(VecI));
   }
   for (int64_t i = 0; i < num_keys; ++i) {
     const int32_t key = static_cast<int32_t>(key0 + i);
-    const bool head = quadratic && is_group_head(mask, key);
     for (int v = 0; v < kVecs; ++v) {
       float* at = s + (i * kVecs + v) * kLanes;
-      VecI visible = dense_end[v] > key;
-      if (quadratic) {
-        visible |= (group_begin[v] <= key) & (group_end[v] > key);
-        if (head) visible |= head_end[v] > key;
-      }
+      const VecI visible = (dense_end[v] > key) | ((group_begin[v] <= key) & (group_end[v] > key));
       store(at, visible ? load(at) : set1(-kInf));
     }
   }
@@ -275,9 +266,8 @@ NLD_INLINE void exponentiate(DotBf16, float* s, int64_t num_keys, const VecF (&m
 // ---- all of it for one panel: online softmax over the tile, added to the running result of its rows ----
 
 template <class Dot, class Vec, int kVecs>
-void panel_tile(const AttentionParams& p, float scale, const RequestMask& mask, const Shape& shape,
-                const TileBuffers<Dot>& buffers, int64_t row0, int64_t key0, int64_t num_keys, bool masked,
-                Prefetcher& prefetcher) {
+void panel_tile(const AttentionParams& p, float scale, const Shape& shape, const TileBuffers<Dot>& buffers,
+                int64_t row0, int64_t key0, int64_t num_keys, bool masked, Prefetcher& prefetcher) {
   constexpr int kWidth = kVecs * kLanes;
   const float* q = reinterpret_cast<const float*>(buffers.q + row0 * shape.dim_words);
   const Accumulator acc_rows = buffers.split;
@@ -291,7 +281,7 @@ void panel_tile(const AttentionParams& p, float scale, const RequestMask& mask, 
   } else {
     score_tile<Dot, Vec, kVecs, false>(buffers, q, shape.dim_words, num_keys, scale, prefetcher, m);
     if (p.softcap > 0) cap_scores<kVecs>(p.softcap, buffers.s, num_keys);
-    if (masked) mask_scores<kVecs>(mask, buffers.view + row0, shape.rows, key0, num_keys, buffers.s);
+    if (masked) mask_scores<kVecs>(buffers.view + row0, shape.rows, key0, num_keys, buffers.s);
     for (int64_t i = 0; i < num_keys; ++i) {
       for (int v = 0; v < kVecs; ++v) {
         const VecF score = load(buffers.s + (i * kVecs + v) * kLanes);

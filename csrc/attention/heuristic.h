@@ -76,8 +76,8 @@ NLD_HD int32_t plan_split_keys(int32_t longest, int32_t k) {
   const int32_t keys = plan_round_up((static_cast<int64_t>(longest) + k - 1) / k);
   return keys > kPlanKeys ? keys : kPlanKeys;
 }
-NLD_HD int64_t plan_num_splits(int32_t key_end, int32_t split_keys) {
-  const int64_t splits = (static_cast<int64_t>(key_end) + split_keys - 1) / split_keys;
+NLD_HD int64_t plan_num_splits(int32_t tile_keys, int32_t split_keys) {
+  const int64_t splits = (static_cast<int64_t>(tile_keys) + split_keys - 1) / split_keys;
   return splits > 1 ? splits : 1;
 }
 

@@ -14,10 +14,12 @@ class ItemView {
   __device__ __forceinline__ ItemView(const MmaParams& p, int item_index, const PlanItem& item, int kv_head)
       : p_(p), item_index_(item_index), tile_index_(item.tile), kv_head_(kv_head), key_end_(item.key_end) {}
 
-  // Before next_visible and seen_word.
-  __device__ __forceinline__ void read_mask() {
-    is_quadratic_ = p_.op.mask_mode[tile().request] == static_cast<int32_t>(MaskMode::kQuadratic);
-    hole_begin_ = is_quadratic_ ? row_view(group_mask(), 0).dense_end : key_end_;
+  // Before next_visible and seen_word, for a walk in steps of kKeys from `key_begin` on.
+  template <int kKeys>
+  __device__ __forceinline__ void read_tile(int32_t key_begin) {
+    heads_begin_ = tile().heads_begin;
+    hole_ = whole_steps(tile().hole_begin, tile().hole_end, key_begin, kKeys);
+    if (NLD_BUG(attention_hole_end) && hole_.end > hole_.begin) hole_.end += kKeys;
   }
 
   __device__ __forceinline__ Plan plan() const { return plan_view(p_.op.plan, p_.op.plan_shape.max_tiles); }
@@ -29,32 +31,23 @@ class ItemView {
     return static_cast<int32_t>(divide(tile().row_begin + min(row, tile().num_rows - 1), p_.heads_per_kv));
   }
 
-  // The first tile of kKeys keys from `key` on in which a row sees a key. Only groups leave holes: the plan has cut off
-  // the ends.
-  template <int kKeys>
-  __device__ __forceinline__ int32_t next_visible(int32_t key) const {
-    if (key >= hole_begin_ && key < key_end_) {
-      const RequestMask mask = group_mask();
-      const int32_t first_row = q_row(0), last_row = q_row(tile().num_rows - 1);
-      const RowView last_view = row_view(mask, last_row);
-      while (key < key_end_ && !tile_is_seen(mask, first_row, last_row + 1, last_view, key, key + kKeys)) key += kKeys;
-    }
-    return key;
-  }
+  // The first step from `key` on in which a row sees a key. Only groups leave holes: the plan has cut off the ends.
+  __device__ __forceinline__ int32_t next_visible(int32_t key) const { return after_hole(hole_, key); }
+
+  // Are there keys in the item from which on rows see their groups, and token_of_key must be asked?
+  __device__ __forceinline__ bool has_groups() const { return heads_begin_ < key_end_; }
 
   // The keys of [key, key + 64) (only the first kKeys are asked for) that row `row` sees, of which `dense_end` is
-  // known; a bit each, so that all mask modes cost one test per score. Called by whole warps: any rows, the same `key`.
+  // known; a bit each, so that all mask modes cost one test per score.
   template <int kKeys>
   __device__ __forceinline__ uint64_t seen_word(int row, int32_t dense_end, int32_t key) const {
     uint64_t seen = bits_below(dense_end + NLD_BUG(attention_mask_edge) - key);
-    if (is_quadratic_) {
-      const RequestMask mask = group_mask();
-      const int lane = threadIdx.x % kWarpSize;
-      uint64_t heads = __ballot_sync(kFullMask, is_group_head(mask, key + lane));
-      if constexpr (kKeys > kWarpSize) {
-        heads |= static_cast<uint64_t>(__ballot_sync(kFullMask, is_group_head(mask, key + kWarpSize + lane))) << 32;
-      }
-      seen |= visible_bits(row_view(mask, q_row(row)), heads, key);
+    if (key + kKeys > heads_begin_) {
+      RequestMask mask = request_mask(p_.op, tile().request);
+      mask.mode = MaskMode::kQuadratic;  // spares the other modes' code
+      RowView view = row_view(mask, q_row(row));
+      if (NLD_BUG(attention_group_edge) && view.group_end > 0) --view.group_begin;
+      seen |= visible_bits(view, key);
     }
     return seen & bits_below(key_end_ - key);
   }
@@ -93,18 +86,11 @@ class ItemView {
   }
 
  protected:
-  // The request's mask where is_quadratic_; saying so spares the other modes' code.
-  __device__ __forceinline__ RequestMask group_mask() const {
-    RequestMask mask = request_mask(p_.op, tile().request);
-    mask.mode = MaskMode::kQuadratic;
-    return mask;
-  }
-
   const MmaParams& p_;
   const int item_index_, tile_index_, kv_head_;
   const int32_t key_end_;
-  bool is_quadratic_;
-  int32_t hole_begin_;  // every tile of keys below is seen by some row
+  int32_t heads_begin_;  // from here on rows see their groups, and keys are not in the order of their tokens
+  KeyRange hole_;        // steps in which no row sees a key
 };
 
 }  // namespace nld

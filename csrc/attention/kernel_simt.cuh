@@ -21,15 +21,15 @@ NLD_HD int32_t simt_smem_floats(int64_t head_dim) {
 // read.
 template <class T>
 __device__ __forceinline__ void load_keys(const AttentionCudaParams& p, const KvPages& pages, int32_t request,
-                                          int32_t kv_head, int32_t key0, int32_t end, float* to) {
+                                          int32_t heads_begin, int32_t kv_head, int32_t key0, int32_t end, float* to) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, pitch = simt_pitch(p.head_dim);
   const int head_dim = static_cast<int>(p.head_dim);
   const int32_t* table = p.page_table + request * p.page_table_stride;
   for (int i = warp; i < kSimtKeys; i += kSimtWarps) {
-    const int32_t key = key0 + i;
-    if (key < end) {
-      const int32_t index = key / static_cast<int32_t>(p.page_size);
-      const int32_t offset = key % static_cast<int32_t>(p.page_size);
+    if (key0 + i < end) {
+      const int32_t token = key_token(p, request, heads_begin, key0 + i);
+      const int32_t index = token / static_cast<int32_t>(p.page_size);
+      const int32_t offset = token % static_cast<int32_t>(p.page_size);
       const int64_t page = table[NLD_BUG(simt_wrong_page) && offset == 0 && index > 0 ? index - 1 : index];
       NLD_DEVICE_CHECK(page >= 0 && page < p.num_pages, "page indices in use lie in the cache");
       const int64_t place = page * pages.page_stride + offset * pages.token_stride + kv_head * pages.head_stride;
@@ -75,8 +75,9 @@ __global__ void __launch_bounds__(kSimtThreads) attention_simt_kernel(const __gr
   const int32_t group_rows = min(kSimtRows, tile.num_rows - group_begin);
   const int32_t first_row = (tile.row_begin + group_begin) / heads_per_kv;
   const int32_t last_row = (tile.row_begin + group_begin + group_rows - 1) / heads_per_kv;
-  const RowView last_view = row_view(mask, last_row);
-  int32_t end = min(item.key_end, view_end(last_view));
+  const TileKeys seen_keys = tile_keys(mask, first_row, last_row);  // by these rows, of which the tile may have more
+  const KeyRange hole = whole_steps(seen_keys.hole_begin, seen_keys.hole_end, item.key_begin, kSimtKeys);
+  int32_t end = min(item.key_end, seen_keys.key_end);
   if (NLD_BUG(simt_lost_tail)) end = end / kSimtKeys * kSimtKeys;
 
   const float scale = p.softmax_scale * key_scale(p, kv_head);
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kSimtThreads) attention_simt_kernel(const __gr
 #pragma unroll
   for (int i = 0; i < kSimtWarpRows; ++i) {
     const int32_t r = warp * kSimtWarpRows + i;
-    view[i] = {0, 0, 0, 0};
+    view[i] = {0, 0, 0};
     m[i] = -INFINITY;
     l[i] = 0.0f;
 #pragma unroll
@@ -101,13 +102,12 @@ __global__ void __launch_bounds__(kSimtThreads) attention_simt_kernel(const __gr
     }
   }
 
-  for (int32_t key0 = item.key_begin; key0 < end; key0 += kSimtKeys) {
-    if (!tile_is_seen(mask, first_row, last_row + 1, last_view, key0, min(key0 + kSimtKeys, end))) continue;
+  const int32_t first_key = after_hole(hole, item.key_begin);
+  for (int32_t key0 = first_key; key0 < end; key0 = after_hole(hole, key0 + kSimtKeys)) {
     if (!NLD_BUG(simt_no_barrier)) __syncthreads();  // the values before are used up
-    load_keys<T>(p, p.k, tile.request, kv_head, key0, end, kv);
+    load_keys<T>(p, p.k, tile.request, tile.heads_begin, kv_head, key0, end, kv);
     __syncthreads();
     const int32_t key = key0 + lane;
-    const bool is_head = mask.mode == MaskMode::kQuadratic && is_group_head(mask, key);
     float s[kSimtWarpRows] = {};
     const float* k_row = kv + lane * pitch;
     const float* q_rows = q + warp * kSimtWarpRows * pitch;
@@ -122,8 +122,7 @@ __global__ void __launch_bounds__(kSimtThreads) attention_simt_kernel(const __gr
       if (p.softcap > 0.0f) s[i] = p.softcap * tanhf(s[i] / p.softcap);
       const int32_t dense_end =
           NLD_BUG(simt_mask_edge) && view[i].dense_end < end ? view[i].dense_end + 1 : view[i].dense_end;
-      const bool seen = key < dense_end || (is_head && key < view[i].head_end) ||
-                        (key >= view[i].group_begin && key < view[i].group_end);
+      const bool seen = key < dense_end || (key >= view[i].group_begin && key < view[i].group_end);
       // `end` may be that of the split: later keys have been loaded by nobody.
       s[i] = seen && key < end ? s[i] : -INFINITY;
       float m_new = s[i];
@@ -139,7 +138,7 @@ __global__ void __launch_bounds__(kSimtThreads) attention_simt_kernel(const __gr
       for (int d = 0; d < kDims; ++d) o[i][d] *= decay;
     }
     __syncthreads();  // K is used up
-    load_keys<T>(p, p.v, tile.request, kv_head, key0, end, kv);
+    load_keys<T>(p, p.v, tile.request, tile.heads_begin, kv_head, key0, end, kv);
     __syncthreads();
     for (int j = 0; j < kSimtKeys; ++j) {
       float probability[kSimtWarpRows];

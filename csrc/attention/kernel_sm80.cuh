@@ -44,12 +44,10 @@ class ItemWorker : private ItemView {
 
   __device__ __forceinline__ void run(int32_t key_begin) {
     NLD_DEVICE_CHECK(tile().key_end <= p_.op.max_pages * p_.op.page_size, "seq_lens fit the page table");
-    // The first page numbers are asked for before the mask is known: all modes but one begin there.
-    TileLoader<Shape> loader(p_, p_.op.page_table + tile().request * p_.op.page_table_stride, kv_head_, key_end_);
-    loader.look_up(key_begin);
-    read_mask();
-    const int32_t first_key = next_visible<kTileKeys>(key_begin);
-    if (first_key != key_begin) loader.look_up(first_key);
+    read_tile<kTileKeys>(key_begin);
+    const int32_t first_key = next_visible(key_begin);
+    TileLoader<Shape> loader(p_, tile().request, kv_head_, key_end_, heads_begin_);
+    loader.look_up(first_key);
     WarpRows<T, Shape> rows;
     if (first_key < key_end_) work(first_key, loader, rows);
     rows.finish_sum();
@@ -105,7 +103,7 @@ class ItemWorker : private ItemView {
         keys[kAhead - 1] = next_key;
         if (next_key < key_end_) {
           loader.advance();
-          next_key = next_visible<kTileKeys>(next_key + kTileKeys);
+          next_key = next_visible(next_key + kTileKeys);
           loader.look_up(next_key);
         }
       }
@@ -149,7 +147,7 @@ class ItemWorker : private ItemView {
     const int32_t dense_end = row_view(request_mask(p_.op, tile().request), q_row(warp_row_ + lane_ % 16)).dense_end;
     const int32_t unmasked_end = min(key_end_, __shfl_sync(kFullMask, dense_end, 0));
     const int32_t last_end = __shfl_sync(kFullMask, dense_end, 15);
-    const int32_t warp_end = is_quadratic_ ? key_end_ : min(key_end_, last_end);
+    const int32_t warp_end = has_groups() ? key_end_ : min(key_end_, last_end);
 
     ptx::cp_async_wait<kDepth>();
     __syncwarp();

@@ -52,15 +52,13 @@ class ItemProducer : private ItemView {
 
   __device__ __forceinline__ void run(int32_t key_begin, HopperLoader<Shape>& loader) {
     NLD_DEVICE_CHECK(tile().key_end <= p_.op.max_pages * p_.op.page_size, "seq_lens fit the page table");
-    loader.begin_item(p_.op.page_table + tile().request * p_.op.page_table_stride, kv_head_, key_end_);
-    // The first page numbers are asked for before the mask is known: all modes but one begin there.
-    loader.look_up(key_begin);
-    read_mask();
-    int32_t key = next_visible<kHopperKeys>(key_begin), v_key = key_end_;
-    if (key != key_begin) loader.look_up(key);
+    read_tile<kHopperKeys>(key_begin);
+    int32_t key = next_visible(key_begin), v_key = key_end_;
+    loader.begin_item(tile().request, kv_head_, key_end_, heads_begin_);
+    loader.look_up(key);
     while (key < tiles_end(key_end_)) {
       loader.advance();
-      const int32_t next = next_visible<kHopperKeys>(key + kHopperKeys);
+      const int32_t next = next_visible(key + kHopperKeys);
       loader.look_up(next);
       loader.load(false, key);
       if (v_key < key_end_) loader.load(true, v_key);
@@ -86,9 +84,9 @@ class ItemConsumer : private ItemView {
 
   __device__ __forceinline__ void run(int32_t key_begin, RingPlace<Shape::kSlots>& place) {
     load_q();
-    read_mask();
+    read_tile<kHopperKeys>(key_begin);
     WarpgroupRows<T, Shape> rows;
-    const int32_t first_key = next_visible<kHopperKeys>(key_begin);
+    const int32_t first_key = next_visible(key_begin);
     if (first_key < tiles_end(key_end_)) work(first_key, place, rows);
     rows.finish_sum();
     warpgroup_sync();  // q has been read: out takes its place
@@ -168,7 +166,7 @@ class ItemConsumer : private ItemView {
     rows.take_scores();
     release(place);
     scores_to_probabilities(shrink);
-    key = next_visible<kHopperKeys>(key + kHopperKeys);
+    key = next_visible(key + kHopperKeys);
     // The loop begins behind a softmax: its branch back is what keeps ptxas from moving the wait for the product with V
     // in front of the exponentials, which are to run beside that product.
     RingPlace<Shape::kSlots> v_place = place;  // of the tile before
@@ -195,7 +193,7 @@ class ItemConsumer : private ItemView {
       if (!NLD_BUG(attention_sm90_early_release)) release(k_place);
       scores_to_probabilities(shrink);
       rows.take_scores();
-      key = next_visible<kHopperKeys>(key + kHopperKeys);
+      key = next_visible(key + kHopperKeys);
     }
     rows.start_out(wait_for(place));
     ptx::wgmma_wait<0>();

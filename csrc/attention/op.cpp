@@ -279,17 +279,14 @@ Schedule make_schedule(const AttentionParams& p) {
     for (int64_t tile = num_tiles - 1; tile >= 0; --tile) {
       const int64_t begin = tile * kAttentionTileRows, rows = std::min(kAttentionTileRows, num_rows - begin);
       schedule.max_rows = std::max(schedule.max_rows, rows);
-      const RequestMask mask = request_mask(p, b);
-      int32_t end = 0;
-      for (int64_t row = begin / heads_per_kv; row <= (begin + rows - 1) / heads_per_kv; ++row) {
-        end = std::max(end, view_end(row_view(mask, static_cast<int32_t>(row))));
-      }
-      const int64_t num_splits = (end + p.split_len - 1) / p.split_len;
+      const TileKeys keys = tile_keys(request_mask(p, b), static_cast<int32_t>(begin / heads_per_kv),
+                                      static_cast<int32_t>((begin + rows - 1) / heads_per_kv));
+      const int64_t num_splits = (keys.key_end + p.split_len - 1) / p.split_len;
       for (int64_t head = 0; head < p.num_kv_heads; ++head) {
         schedule.items.push_back({b, head, begin, rows, num_splits});
       }
       schedule.num_splits += num_splits * p.num_kv_heads;
-      schedule.work += static_cast<double>(rows) * end * p.num_kv_heads;
+      schedule.work += static_cast<double>(rows) * (keys.key_end - (keys.hole_end - keys.hole_begin)) * p.num_kv_heads;
     }
   }
   return schedule;

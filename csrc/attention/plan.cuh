@@ -11,7 +11,7 @@ constexpr int kPlanThreads = kPlanBuckets, kPlanWarps = kPlanThreads / kWarpSize
 struct PlanSmem {
   int32_t warp_sums[kPlanWarps];
   int64_t warp_values[kPlanWarps];
-  int32_t starts[kPlanThreads];  // first tile of each request of the chunk at hand; then key ends of tiles
+  int32_t starts[kPlanThreads];  // first tile of each request of the chunk at hand; then keys of tiles
   int32_t bucket_ends[kPlanBuckets];
 };
 
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
       const int32_t owner = find_range(count, i, [&](int32_t r) { return sm->starts[r]; });
       const PlanTile tile = plan_tile(p, first + owner, i - sm->starts[owner]);
       plan.tiles[num_tiles + i] = tile;
-      longest_tile = max(longest_tile, tile.key_end);
+      longest_tile = max(longest_tile, plan_tile_keys(shape, tile));
     }
     __syncthreads();  // before starts change
     num_tiles = min(num_tiles + chunk_tiles, shape.max_tiles);
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
     int64_t items = 0, keys = 0;
     for (int32_t first = 0; first < num_tiles; first += kPlanThreads) {
       const int32_t count = min(kPlanThreads, num_tiles - first);
-      if (tid < count) sm->starts[tid] = plan.tiles[first + tid].key_end;
+      if (tid < count) sm->starts[tid] = plan_tile_keys(shape, plan.tiles[first + tid]);
       __syncthreads();
       for (int32_t i = 0; i < count; ++i) {
         keys += sm->starts[i];
@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
     if (index < num_tiles) {
       tile = plan.tiles[index];
       plan_split_tile(shape, split_keys, tile);
-      const PlanItem last = plan_item(tile, index, tile.num_splits - 1);
-      longest = max(longest, max(min(tile.split_keys, tile.key_end), last.key_end - last.key_begin));
+      longest = max(longest, plan_item_keys(shape, tile, 0));
+      longest = max(longest, plan_item_keys(shape, tile, tile.num_splits - 1));
     }
     const int32_t slots = tile.num_splits > 1 ? tile.num_splits : 0;
     int32_t items_here, slots_here, split_here;
@@ -164,12 +164,15 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
   for (int w = 0; w < kPlanWarps; ++w) longest = max(longest, sm->warp_sums[w]);
 
   // 4. Counting sort of the items by length. A thread finds its item's tile by first_item; nothing is kept in between.
-  const auto item_at = [&](int32_t i) {
-    const int32_t tile = find_range(num_tiles, i, [&](int32_t t) { return plan.tiles[t].first_item; });
-    return plan_item(plan.tiles[tile], tile, i - plan.tiles[tile].first_item);
+  const auto tile_of = [&](int32_t i) {
+    return find_range(num_tiles, i, [&](int32_t t) { return plan.tiles[t].first_item; });
   };
-  const auto bucket_of = [&](const PlanItem& item) { return plan_bucket(item.key_end - item.key_begin, longest); };
-  for (int32_t i = tid; i < num_items; i += kPlanThreads) atomicAdd(&sm->bucket_ends[bucket_of(item_at(i))], 1);
+  const auto bucket_of = [&](const PlanTile& tile, int32_t i) {
+    return plan_bucket(plan_item_keys(shape, tile, i - tile.first_item), longest);
+  };
+  for (int32_t i = tid; i < num_items; i += kPlanThreads) {
+    atomicAdd(&sm->bucket_ends[bucket_of(plan.tiles[tile_of(i)], i)], 1);
+  }
   __syncthreads();
   int32_t total;
   const int32_t bucket_begin = exclusive_sum(sm, sm->bucket_ends[tid], total);
@@ -179,8 +182,10 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
     PlanItem item = {};
     int32_t bucket = -1;
     if (first + tid < num_items) {
-      item = item_at(first + tid);
-      bucket = bucket_of(item);
+      const int32_t index = tile_of(first + tid);
+      const PlanTile tile = plan.tiles[index];
+      item = plan_item(shape, tile, index, first + tid - tile.first_item);
+      bucket = bucket_of(tile, first + tid);
     }
     // Warps take turns in order, and lanes rank among their equals: stable.
     const unsigned equals = __match_any_sync(kFullMask, bucket);

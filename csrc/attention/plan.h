@@ -2,7 +2,8 @@
 // by its CPU twin (plan_host.h), equal bit for bit, and read by every layer's kernels. Knows no torch.
 //
 //   tile   up to tile_rows packed rows of one request; packed row = query row * heads_per_kv + head within the kv head
-//   item   (tile, split): the keys [key_begin, key_end) that one CTA works through, for each kv head
+//   item   (tile, split): the keys [key_begin, key_end) that one CTA works through, for each kv head, but those of the
+//          tile's hole. Keys are numbered in reading order (mask.h).
 //   slot   where an item of a split tile leaves its partial result; a tile with one split writes `out` itself
 //
 // All sizes follow from integers the host knows, so that nothing is read back. The plan is an int32 tensor
@@ -18,7 +19,7 @@
 
 namespace nld {
 
-constexpr int32_t kPlanVersion = 0x4e4c4401;
+constexpr int32_t kPlanVersion = 0x4e4c4402;
 constexpr int32_t kPlanBuckets = 256;  // lengths that sorting tells apart
 
 struct PlanHeader {
@@ -30,9 +31,12 @@ struct PlanHeader {
 struct PlanTile {
   int32_t request, row_begin, num_rows;  // packed rows [row_begin, row_begin + num_rows) of the request
   int32_t key_end;                       // one past the last key that any row of the tile sees
-  int32_t num_splits, split_keys;        // split s starts at key s * split_keys; at least one split
+  int32_t num_splits, split_keys;        // split s starts at key s * split_keys (plan_cut: not counting the hole)
   int32_t first_slot;                    // of split 0, the others follow; -1 where num_splits is 1
   int32_t first_item;                    // items of the tiles before this one: where its own stood before sorting
+  int32_t hole_begin, hole_end;          // keys no row of the tile sees; equal where there are none
+  int32_t heads_begin;                   // of the request's KeyOrder: token_of_key is asked from here on
+  int32_t unused;
 };
 struct PlanItem {
   int32_t tile, split, key_begin, key_end;  // key_begin == key_end: rows that see nothing
@@ -130,14 +134,24 @@ NLD_HD int32_t plan_request_tiles(const AttentionPlanParams& p, int32_t request)
                    : static_cast<int32_t>((rows * p.shape.heads_per_kv + p.shape.tile_rows - 1) / p.shape.tile_rows);
 }
 
-// The index'th tile of a request; its splits are not known yet. Under every mode a later row sees at least as far as an
-// earlier one, so the last row tells the end; all modes see keys from 0 on, if any.
+// The index'th tile of a request; its splits are not known yet.
 NLD_HD PlanTile plan_tile(const AttentionPlanParams& p, int32_t request, int32_t index) {
   const RequestMask mask = request_mask(p, request);
   const int32_t begin = index * p.shape.tile_rows, left = mask.num_rows * p.shape.heads_per_kv - begin;
   const int32_t rows = left < p.shape.tile_rows ? left : p.shape.tile_rows;
-  const int32_t end = view_end(row_view(mask, (begin + rows - 1) / p.shape.heads_per_kv));
-  return {request, begin, rows, end < 0 ? 0 : end, 1, 0, -1, 0};
+  const TileKeys keys = tile_keys(mask, begin / p.shape.heads_per_kv, (begin + rows - 1) / p.shape.heads_per_kv);
+  return {request, begin, rows, keys.key_end, 1, 0, -1, 0, keys.hole_begin, keys.hole_end, key_order(mask).heads_begin,
+          0};
+}
+
+// The part of a tile's hole that items do not stretch over: whole splits of a fixed split_len, which leaves the others
+// at its absolute multiples, and else whole steps of the kernels. Splits are of the keys without it.
+NLD_HD KeyRange plan_cut(const PlanShape& shape, const PlanTile& tile) {
+  return whole_steps(tile.hole_begin, tile.hole_end, 0, shape.split_len > 0 ? shape.split_len : kPlanKeys);
+}
+NLD_HD int32_t plan_tile_keys(const PlanShape& shape, const PlanTile& tile) {
+  const KeyRange cut = plan_cut(shape, tile);
+  return tile.key_end - (cut.end - cut.begin);
 }
 
 // What the split_keys way to cut is expected to take (heuristic.h); with more cuts than the plan has room for: forever.
@@ -152,20 +166,32 @@ NLD_HD int64_t plan_cut_cost(const PlanShape& shape, int32_t longest, int32_t sp
 // Splits of one tile: of equal length, or at absolute multiples of split_len. At most what the plan has room for (the
 // last split takes the rest), so that a sequence longer than the promised max_seq_len is slow, not wrong.
 NLD_HD void plan_split_tile(const PlanShape& shape, int32_t split_keys, PlanTile& tile) {
+  const int64_t all_keys = plan_tile_keys(shape, tile);
   int64_t keys = shape.split_len;
   if (shape.split_len == 0) {
-    const int64_t splits = plan_num_splits(tile.key_end, split_keys);
-    keys = splits > 1 ? plan_round_up((tile.key_end + splits - 1) / splits) : split_keys;
+    const int64_t splits = plan_num_splits(static_cast<int32_t>(all_keys), split_keys);
+    keys = splits > 1 ? plan_round_up((all_keys + splits - 1) / splits) : split_keys;
   }
-  int64_t splits = (tile.key_end + keys - 1) / keys;
+  int64_t splits = (all_keys + keys - 1) / keys;
   if (shape.split_len > 0 && splits > shape.max_items / shape.max_tiles) splits = shape.max_items / shape.max_tiles;
   tile.num_splits = splits > 1 ? static_cast<int32_t>(splits) : 1;
   tile.split_keys = static_cast<int32_t>(keys);
 }
 
-NLD_HD PlanItem plan_item(const PlanTile& tile, int32_t tile_index, int32_t split) {
-  const int32_t begin = split * tile.split_keys;
-  return {tile_index, split, begin, split == tile.num_splits - 1 ? tile.key_end : begin + tile.split_keys};
+NLD_HD PlanItem plan_item(const PlanShape& shape, const PlanTile& tile, int32_t tile_index, int32_t split) {
+  const KeyRange cut = plan_cut(shape, tile);
+  const int32_t begin = split * tile.split_keys, left_out = cut.end - cut.begin;
+  int32_t end = tile.key_end;
+  if (split < tile.num_splits - 1) {
+    end = begin + tile.split_keys;
+    if (end > cut.begin) end += left_out;
+  }
+  return {tile_index, split, begin >= cut.begin ? begin + left_out : begin, end};
+}
+
+// Length of that item, without the cut.
+NLD_HD int32_t plan_item_keys(const PlanShape& shape, const PlanTile& tile, int32_t split) {
+  return split < tile.num_splits - 1 ? tile.split_keys : plan_tile_keys(shape, tile) - split * tile.split_keys;
 }
 
 // Longest first, to 1/256 of the longest: place of an item of `keys` keys in the order.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "attention/plan.h"
@@ -20,8 +21,8 @@ inline void build_attention_plan(const AttentionPlanParams& p) {
     for (int32_t i = 0; i < tiles && header.num_tiles < shape.max_tiles; ++i) {
       const PlanTile tile = plan_tile(p, request, i);
       plan.tiles[header.num_tiles++] = tile;
-      longest = std::max(longest, tile.key_end);
-      total_keys += tile.key_end;
+      longest = std::max(longest, plan_tile_keys(shape, tile));
+      total_keys += plan_tile_keys(shape, tile);
     }
   }
   int32_t split_keys = 0;
@@ -29,14 +30,16 @@ inline void build_attention_plan(const AttentionPlanParams& p) {
   for (int32_t k = 1; k <= kPlanCandidates && shape.split_len == 0; ++k) {
     const int32_t keys = plan_split_keys(longest, k);
     int64_t items = 0;
-    for (int32_t i = 0; i < header.num_tiles; ++i) items += plan_num_splits(plan.tiles[i].key_end, keys);
+    for (int32_t i = 0; i < header.num_tiles; ++i) {
+      items += plan_num_splits(plan_tile_keys(shape, plan.tiles[i]), keys);
+    }
     const int64_t cost = plan_cut_cost(shape, longest, keys, total_keys, header.num_tiles, items);
     if (cost < least) {
       least = cost;
       split_keys = keys;
     }
   }
-  std::vector<PlanItem> items;
+  std::vector<std::pair<int32_t, PlanItem>> items;  // with their lengths
   for (int32_t i = 0; i < header.num_tiles; ++i) {
     PlanTile& tile = plan.tiles[i];
     plan_split_tile(shape, split_keys, tile);
@@ -47,18 +50,16 @@ inline void build_attention_plan(const AttentionPlanParams& p) {
       plan.split_tiles[header.num_split_tiles++] = i;
     }
     for (int32_t split = 0; split < tile.num_splits; ++split) {
-      const PlanItem item = plan_item(tile, i, split);
-      items.push_back(item);
-      header.max_item_keys = std::max(header.max_item_keys, item.key_end - item.key_begin);
+      const int32_t keys = plan_item_keys(shape, tile, split);
+      items.push_back({keys, plan_item(shape, tile, i, split)});
+      header.max_item_keys = std::max(header.max_item_keys, keys);
     }
   }
   header.num_items = static_cast<int32_t>(items.size());
-  const auto bucket = [&](const PlanItem& item) {
-    return plan_bucket(item.key_end - item.key_begin, header.max_item_keys);
-  };
-  std::stable_sort(items.begin(), items.end(),
-                   [&](const PlanItem& a, const PlanItem& b) { return bucket(a) < bucket(b); });
-  std::copy(items.begin(), items.end(), plan.items);
+  std::stable_sort(items.begin(), items.end(), [&](const auto& a, const auto& b) {
+    return plan_bucket(a.first, header.max_item_keys) < plan_bucket(b.first, header.max_item_keys);
+  });
+  std::transform(items.begin(), items.end(), plan.items, [](const auto& item) { return item.second; });
   *plan.header = header;
 }
 

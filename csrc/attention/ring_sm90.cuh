@@ -28,8 +28,8 @@ struct HopperShape {
   static constexpr int kHeadDim = kHeadDim_, kTileRows = kTileRows_;
   static constexpr int kConsumers = kTileRows / 64, kThreads = 128 * (kConsumers + 1);
   static constexpr int kMinCtas = kTileRows == 128 ? 1 : 2;
-  static constexpr int kProducerRegisters = kTileRows == 128 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kTileRows == 128 ? 232 : 224;
+  static constexpr int kProducerRegisters = kTileRows == 128 ? 56 : 40;
+  static constexpr int kConsumerRegisters = kTileRows == 128 ? 224 : 216;
   static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * 128 * kMinCtas <= 65536);
 
   // A tile lies in shared memory as columns of 64 dims: rows of 128 bytes, their 16-byte chunks swizzled as TMA and

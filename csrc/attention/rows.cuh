@@ -1,6 +1,6 @@
-// What every CUDA attention kernel does alike: where a packed row lies, and how its sums become `out` and `lse`. The
-// combine kernel and the kernels that write unsplit tiles must round alike: with a fixed split_len a row that needs one
-// split has the same bits whether the other rows of its tile need more or not.
+// What every CUDA attention kernel does alike: where a packed row and a key lie, and how a row's sums become `out` and
+// `lse`. The combine kernel and the kernels that write unsplit tiles must round alike: with a fixed split_len a row
+// that needs one split has the same bits whether the other rows of its tile need more or not.
 #pragma once
 
 #include "attention/attention.h"
@@ -20,6 +20,18 @@ __device__ __forceinline__ RowPlace row_place(const AttentionCudaParams& p, int3
   const int32_t heads_per_kv = p.plan_shape.heads_per_kv;
   return {static_cast<int64_t>(p.cu_seqlens_q[request]) + row / heads_per_kv,
           static_cast<int64_t>(kv_head) * heads_per_kv + row % heads_per_kv};
+}
+
+// The token of a key of a request whose tile says heads_begin (mask.h). Groups are few keys of many: what their order
+// follows from is read again for each key rather than held.
+__device__ __forceinline__ int32_t key_token(const AttentionCudaParams& p, int32_t request, int32_t heads_begin,
+                                             int32_t key) {
+  if (key < heads_begin) return key;
+  RequestMask mask = request_mask(p, request);
+  mask.mode = MaskMode::kQuadratic;  // spares the other modes' code
+  KeyOrder order = key_order(mask);
+  if (NLD_BUG(attention_head_stride)) --order.block_len;
+  return token_of_key(order, key);
 }
 
 // Index into partial_m and partial_l; times head_dim, into partial_o.

@@ -3,7 +3,7 @@
 
 #include "attention/heuristic.h"
 #include "attention/mma_params.h"
-#include "common/element.cuh"
+#include "attention/rows.cuh"
 #include "common/ptx.cuh"
 
 namespace nld {
@@ -82,12 +82,14 @@ struct TileShape {
 
 // Copies the K and V tiles of one item. While a tile is being requested, the page numbers of the next one are being
 // read: each lane looks up one row, the lanes that share a row get its place by shuffle. Keys from key_end on are not
-// read (nor their page-table entries, which may be garbage); their rows are zero, because 0 * NaN is not.
+// read (nor their page-table entries, which may be garbage); their rows are zero, because 0 * NaN is not. From
+// heads_begin on, keys are not in the order of their tokens (mask.h).
 template <class Shape>
 class TileLoader {
  public:
-  __device__ __forceinline__ TileLoader(const MmaParams& p, const int32_t* pages, int kv_head, int32_t key_end)
-      : p_(p), pages_(pages), kv_head_(kv_head), key_end_(key_end) {
+  __device__ __forceinline__ TileLoader(const MmaParams& p, int request, int kv_head, int32_t key_end,
+                                        int32_t heads_begin)
+      : p_(p), request_(request), kv_head_(kv_head), key_end_(key_end), heads_begin_(heads_begin) {
     const int member = Shape::kSharesKeys ? threadIdx.x % kWarpSize : threadIdx.x;
     chunk_ = member % Shape::kCopyLanes;
     row_ = member / Shape::kCopyLanes + (Shape::kSharesKeys ? threadIdx.x / kWarpSize * Shape::kWarpKeys : 0);
@@ -98,8 +100,10 @@ class TileLoader {
     next_page_ = 0;
     const int32_t mine = key + my_row();
     if (mine < key_end_) {
-      const uint32_t entry = divide(mine, p_.page_size);
-      next_page_ = pages_[NLD_BUG(attention_wrong_page) && entry > 0 ? entry - 1 : entry];
+      const uint32_t token = key_token(p_.op, request_, heads_begin_, mine), entry = divide(token, p_.page_size);
+      const int32_t* pages = p_.op.page_table + request_ * p_.op.page_table_stride;
+      next_page_ = pages[NLD_BUG(attention_wrong_page) && entry > 0 ? entry - 1 : entry];
+      next_in_page_ = remainder(token, entry, p_.page_size);
     }
   }
 
@@ -107,15 +111,15 @@ class TileLoader {
   __device__ __forceinline__ void advance() {
     NLD_DEVICE_CHECK(next_page_ >= 0 && next_page_ < p_.op.num_pages, "page indices in use lie in the cache");
     page_ = next_page_;
+    in_page_ = next_in_page_;
   }
 
   // The tile, at `key`, into a slot.
   __device__ __forceinline__ void copy(bool is_v, int32_t key, uint4* slot) const {
     const KvPages& cache = is_v ? p_.op.v : p_.op.k;
     const char* head = static_cast<const char*>(cache.data) + kv_head_ * cache.head_stride * (Shape::kConverts ? 1 : 2);
-    const uint32_t mine = key + my_row(), in_page = remainder(mine, divide(mine, p_.page_size), p_.page_size);
-    const uint32_t my_place = is_v ? page_ * p_.v_page_chunks + in_page * p_.v_token_chunks
-                                   : page_ * p_.k_page_chunks + in_page * p_.k_token_chunks;
+    const uint32_t my_place = is_v ? page_ * p_.v_page_chunks + in_page_ * p_.v_token_chunks
+                                   : page_ * p_.k_page_chunks + in_page_ * p_.k_token_chunks;
     const int first_lane = threadIdx.x % kWarpSize - chunk_;
 #pragma unroll
     for (int pass = 0; pass < Shape::kPasses; ++pass) {
@@ -134,9 +138,10 @@ class TileLoader {
   __device__ __forceinline__ int my_row() const { return row_ + chunk_ % Shape::kPasses * Shape::kRowsPerPass; }
 
   const MmaParams& p_;
-  const int32_t* pages_;
-  int kv_head_;
-  int32_t key_end_, page_ = 0, next_page_ = 0;  // pages of my_row in the tile to copy and in the one after
+  int request_, kv_head_;
+  int32_t key_end_, heads_begin_;
+  int32_t page_ = 0, next_page_ = 0;  // where my_row lies in the tile to copy and in the one after
+  uint32_t in_page_ = 0, next_in_page_ = 0;
   int chunk_, row_;
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/ring_sm90.cuh"
+#include "attention/rows.cuh"
 
 namespace nld {
 
@@ -11,7 +12,8 @@ namespace nld {
 // TMA: where a box of tokens lies in one page and starts at a multiple of 8 rows of a tile; a few instructions per
 // tile, no registers, no address arithmetic. cp.async: pages of odd sizes, and the last tile of an item that ends
 // inside it: keys from key_end on are not read (nor their page-table entries, which may be garbage), and their rows
-// become zero, because 0 * NaN is not. Both land in the same swizzled rows and count on the same barrier: one arrival
+// become zero, because 0 * NaN is not; and tiles that reach past heads_begin, whose keys are not in the order of their
+// tokens (mask.h). Both land in the same swizzled rows and count on the same barrier: one arrival
 // per warp. A warp's cp.async arrivals are told kLag steps later, when they have landed and a proxy fence has made
 // them visible to wgmma; so kLag + 1 tiles are under way all the time.
 template <class Shape>
@@ -20,10 +22,11 @@ class HopperLoader {
   __device__ __forceinline__ HopperLoader(const HopperParams& p, typename Shape::Smem* sm)
       : p_(p), sm_(sm), lane_(threadIdx.x % kWarpSize), first_row_(threadIdx.x / kWarpSize % 4 * 32) {}
 
-  __device__ __forceinline__ void begin_item(const int32_t* pages, int kv_head, int32_t key_end) {
-    pages_ = pages;
+  __device__ __forceinline__ void begin_item(int request, int kv_head, int32_t key_end, int32_t heads_begin) {
+    request_ = request;
     kv_head_ = kv_head;
     key_end_ = key_end;
+    heads_begin_ = heads_begin;
   }
 
   // Starts to read the page numbers of the tile at `key`.
@@ -31,8 +34,10 @@ class HopperLoader {
     next_page_ = 0;
     const int32_t mine = key + first_row_ + lane_;
     if (mine < key_end_) {
-      const uint32_t entry = divide(mine, p_.mma.page_size);
-      next_page_ = pages_[NLD_BUG(attention_sm90_wrong_page) && entry > 0 ? entry - 1 : entry];
+      const uint32_t token = key_token(p_.mma.op, request_, heads_begin_, mine);
+      const uint32_t entry = divide(token, p_.mma.page_size);
+      const int32_t* pages = p_.mma.op.page_table + request_ * p_.mma.op.page_table_stride;
+      next_page_ = pages[NLD_BUG(attention_sm90_wrong_page) && entry > 0 ? entry - 1 : entry];
     }
   }
 
@@ -48,14 +53,12 @@ class HopperLoader {
   // The tile at `key` into the next slot.
   __device__ __forceinline__ void load(bool is_v, int32_t key) {
     ptx::mbar_wait(&sm_->empty[now_.slot], now_.parity ^ 1);
-    const uint32_t mine = key + first_row_ + lane_,
-                   in_page = remainder(mine, divide(mine, p_.mma.page_size), p_.mma.page_size);
-    const bool is_whole = key + kHopperKeys <= key_end_ || NLD_BUG(attention_sm90_dirty_tail);
+    const bool is_whole = key + kHopperKeys <= min(key_end_, heads_begin_) || NLD_BUG(attention_sm90_dirty_tail);
     const bool gathers = p_.box_rows == 0 || !is_whole;
     if (gathers) {
-      gather(is_v, key, in_page);
+      gather(is_v, key);
     } else {
-      copy_boxes(is_v, in_page);
+      copy_boxes(is_v, key);
     }
     ptx::cp_async_commit();  // a group for each step, so that the one to tell is always the kLag'th last
     now_.advance();
@@ -85,7 +88,11 @@ class HopperLoader {
     told_.advance();
   }
 
-  __device__ __forceinline__ void copy_boxes(bool is_v, uint32_t in_page) const {
+  __device__ __forceinline__ uint32_t place_in_page(uint32_t token) const {
+    return remainder(token, divide(token, p_.mma.page_size), p_.mma.page_size);
+  }
+
+  __device__ __forceinline__ void copy_boxes(bool is_v, int32_t key) const {
     uint64_t* const full = &sm_->full[now_.slot];
     const int box = p_.box_rows;
     const int rows = box <= 32 ? 32 : first_row_ % box == 0 ? box : 0;  // that this warp asks for
@@ -99,6 +106,7 @@ class HopperLoader {
     __syncwarp();
     const int row = first_row_ + lane_;
     if (row % box == 0) {
+      const uint32_t in_page = place_in_page(key + row);
 #pragma unroll
       for (int column = 0; column < Shape::kColumns; ++column) {
         const int at[4] = {column * 64, static_cast<int>(in_page), kv_head_, is_v ? v_page_ : k_page_};
@@ -108,7 +116,9 @@ class HopperLoader {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void gather(bool is_v, int32_t key, uint32_t in_page) const {
+  __device__ __forceinline__ void gather(bool is_v, int32_t key) const {
+    // Worked out again for K and V: registers are scarce here.
+    const uint32_t in_page = place_in_page(key_token(p_.mma.op, request_, heads_begin_, key + first_row_ + lane_));
     const KvPages& cache = is_v ? p_.mma.op.v : p_.mma.op.k;
     const int chunk = lane_ % 8;  // eight lanes copy 128 bytes of a row
     const uint4* const head =
@@ -133,10 +143,9 @@ class HopperLoader {
   const HopperParams& p_;
   typename Shape::Smem* const sm_;
   const int lane_, first_row_;
-  const int32_t* pages_ = nullptr;
-  int kv_head_ = 0;
-  int32_t key_end_ = 0;
-  int32_t next_page_ = 0, k_page_ = 0, v_page_ = 0;  // of this lane's row, in three tiles
+  int request_ = 0, kv_head_ = 0;
+  int32_t key_end_ = 0, heads_begin_ = 0;
+  int32_t next_page_ = 0, k_page_ = 0, v_page_ = 0;  // where this lane's row lies, in three tiles
   RingPlace<Shape::kSlots> now_, told_;
   uint32_t gathered_ = 0;  // bit i: whether the i'th last step was gathered
   int steps_ = 0;          // not told yet, at most kLag

@@ -188,7 +188,7 @@ def attention_plan(
 
 
 _HOST_SMS = 4  # csrc/attention/attention.h: kHostSms
-_PLAN_HEADER_WORDS, _PLAN_TILE_WORDS, _PLAN_ITEM_WORDS = 12, 8, 4
+_PLAN_HEADER_WORDS, _PLAN_TILE_WORDS, _PLAN_ITEM_WORDS = 12, 12, 4
 
 
 def attention_plan_len(

@@ -120,6 +120,19 @@ def visible_keys(
     raise ValueError(f"block_attention: mask_mode must lie in [0, 4), got {mode}")
 
 
+def reading_order(mode: int, seq_len: int, num_rows: int, block_len: int = 1) -> Tensor:
+    """Return int64 `[seq_len]`: the token that kernels read as key 0, 1, ...
+
+    Under QUADRATIC the cache, the heads of all groups, then their other rows; else as they stand.
+    """
+    token = torch.arange(seq_len)
+    if mode != 3:
+        return token
+    current = token - (seq_len - num_rows)
+    head = (current >= 0) & (current % (block_len + 1) == 0)
+    return torch.cat([token[current < 0], token[head], token[(current >= 0) & ~head]])
+
+
 def block_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -202,30 +215,39 @@ def attention_plan(
     max_splits = max(-(-max_seq_len // split_len), 1) if split_len > 0 else 0
     max_items = max_tiles * max_splits if split_len > 0 else max_tiles + 2 * wave * (max_tiles > 0)
 
-    tiles = []  # request, first packed row, packed rows, one past the last key that a row sees
+    # Per tile: request, first packed row, packed rows, one past the last key that a row sees; the
+    # keys before it that none sees; the request's first key that is not the token of its number.
+    tiles = []
     for b, seq_len in enumerate(seq_lens.tolist()):
-        num_rows = int(cu_seqlens_q[b + 1]) - int(cu_seqlens_q[b])
-        visible = visible_keys(
-            int(mask_mode[b]),
-            seq_len,
-            num_rows,
-            1 if block_len is None else int(block_len[b]),
-            0 if block_phase is None else int(block_phase[b]),
-        )
+        num_rows, mode = int(cu_seqlens_q[b + 1]) - int(cu_seqlens_q[b]), int(mask_mode[b])
+        length = 1 if block_len is None else int(block_len[b])
+        phase = 0 if block_phase is None else int(block_phase[b])
+        visible = visible_keys(mode, seq_len, num_rows, length, phase)
+        visible = visible[:, reading_order(mode, seq_len, num_rows, length)]
+        heads_begin = max(seq_len - num_rows, 0) if mode == 3 else 2**31 - 1
         for begin in range(0, num_rows * heads_per_kv, tile_rows):
             rows = min(tile_rows, num_rows * heads_per_kv - begin)
             seen = visible[begin // heads_per_kv : (begin + rows - 1) // heads_per_kv + 1].any(0)
             end = int(seen.nonzero().max()) + 1 if seen.any() else 0
-            tiles.append((b, begin, rows, end))
+            unseen = (~seen[:end]).nonzero()
+            hole = [int(unseen.min()), int(unseen.max()) + 1] if len(unseen) else [end, end]
+            tiles.append((b, begin, rows, end, *hole, heads_begin))
+
+    # No item stretches over the whole steps of a hole: splits are of the other keys.
+    step = split_len or 64
+    cuts = []
+    for *_, hole_begin, hole_end, _ in tiles:
+        cut = [-(-hole_begin // step) * step, hole_end // step * step]
+        cuts.append(cut if cut[1] > cut[0] else [0, 0])
+    lengths = [t[3] - (c[1] - c[0]) for t, c in zip(tiles, cuts, strict=True)]
 
     # Where the plan chooses: the longest tile in 1, 2, ... splits, the others likewise; the way
     # that takes least by the model of time of csrc/attention/heuristic.h, in nanoseconds.
-    longest_tile = max((end for *_, end in tiles), default=0)
-    total_keys = sum(end for *_, end in tiles)
+    longest_tile, total_keys = max(lengths, default=0), sum(lengths)
     ctas, key_ns = (1, 20) if tile_rows == 128 else (2, 16)
 
     def cost(keys: int) -> float:
-        num_items = sum(max(-(-end // keys), 1) for *_, end in tiles)
+        num_items = sum(max(-(-length // keys), 1) for length in lengths)
         cuts = num_items - len(tiles)
         if cuts > 2 * wave:
             return float("inf")
@@ -241,36 +263,41 @@ def attention_plan(
     share = min((-(-keys // 64) * 64 for keys in ways), key=cost)  # the first of equal cost
     tile_words: list[list[int]] = []
     split_tiles: list[int] = []
-    items: list[list[int]] = []
+    items: list[list[int]] = []  # with their lengths
     num_slots = 0
-    for t, (b, begin, rows, end) in enumerate(tiles):
-        split_keys, splits = split_len, -(-end // split_len) if split_len > 0 else 0
+    for t, (b, begin, rows, end, *hole, heads_begin) in enumerate(tiles):
+        length, (cut_begin, cut_end) = lengths[t], cuts[t]
+        split_keys, splits = split_len, -(-length // split_len) if split_len > 0 else 0
         splits = min(splits, max_splits)
         if split_len == 0:
-            wanted = -(-end // share)  # then equal lengths, at multiples of 64 keys
-            split_keys = -(-end // (wanted * 64)) * 64 if wanted > 1 else share
-            splits = -(-end // split_keys)
+            wanted = -(-length // share)  # then equal lengths, at multiples of 64 keys
+            split_keys = -(-length // (wanted * 64)) * 64 if wanted > 1 else share
+            splits = -(-length // split_keys)
         splits = max(splits, 1)
         slot = num_slots if splits > 1 else -1
-        tile_words.append([b, begin, rows, end, splits, split_keys, slot, len(items)])
+        words = [b, begin, rows, end, splits, split_keys, slot, len(items), *hole, heads_begin, 0]
+        tile_words.append(words)
         if splits > 1:
             split_tiles.append(t)
             num_slots += splits
         for s in range(splits):
-            last = s == splits - 1
-            items.append([t, s, s * split_keys, end if last else (s + 1) * split_keys])
-    longest = max((end - begin for *_, begin, end in items), default=0)
-    items.sort(key=lambda item: -((item[3] - item[2]) // (longest // 256 + 1)))  # stable
+            first, last = s * split_keys, length if s == splits - 1 else (s + 1) * split_keys
+            left_out = cut_end - cut_begin
+            key_begin = first + left_out if first >= cut_begin else first
+            key_end = last + left_out if last > cut_begin else last
+            items.append([t, s, key_begin, key_end, last - first])
+    longest = max((item[4] for item in items), default=0)
+    items.sort(key=lambda item: -(item[4] // (longest // 256 + 1)))  # stable
 
-    header = [0x4E4C4401, batch, total_q, heads_per_kv, tile_rows, split_len]
+    header = [0x4E4C4402, batch, total_q, heads_per_kv, tile_rows, split_len]
     header += [len(tiles), len(items), len(split_tiles), num_slots, longest, 0]
-    offset = -(-(12 + 9 * max_tiles) // 4) * 4
+    offset = -(-(12 + 13 * max_tiles) // 4) * 4
     plan = torch.zeros(offset + 4 * max_items, dtype=torch.int32)
     for at, words in (
         (0, header),
         (12, [w for tile in tile_words for w in tile]),
-        (12 + 8 * max_tiles, split_tiles),
-        (offset, [w for item in items for w in item]),
+        (12 + 12 * max_tiles, split_tiles),
+        (offset, [w for item in items for w in item[:4]]),
     ):
         plan[at : at + len(words)] = torch.tensor(words, dtype=torch.int32)
     return plan

@@ -1,5 +1,5 @@
-// Exhaustive checks of what mask.h says of tiles against what it says of single keys, and of fast_div.h against the
-// division operator.
+// Exhaustive checks of mask.h against the rule for one row and one token, and of fast_div.h against the division
+// operator.
 #include "attention/mask.h"
 
 #include <cstdio>
@@ -19,42 +19,101 @@ int num_failures = 0;
     }                                                                           \
   } while (false)
 
-bool row_sees(const nld::RequestMask& mask, int row, int key) {
-  const nld::RowView view = nld::row_view(mask, row);
-  return key < view.dense_end || (key < view.head_end && nld::is_group_head(mask, key)) ||
-         (key >= view.group_begin && key < view.group_end);
+// The rule of docs/design.md, for one row and one token.
+bool rule(const nld::RequestMask& mask, int row, int token) {
+  const int first = mask.seq_len - mask.num_rows, p = first + row, len = mask.block_len + 1, current = token - first;
+  switch (mask.mode) {
+    case nld::MaskMode::kFull:
+      return true;
+    case nld::MaskMode::kCausal:
+      return token <= p;
+    case nld::MaskMode::kBlockCausal:
+      return nld::floor_div(token + mask.block_phase, mask.block_len) <=
+             nld::floor_div(p + mask.block_phase, mask.block_len);
+    case nld::MaskMode::kQuadratic:
+      return current < 0 || (current % len == 0 && current <= row) || (row % len != 0 && current / len == row / len);
+  }
+  return false;
+}
+
+bool row_sees(const nld::RowView& view, int key) {
+  return key < view.dense_end || (key >= view.group_begin && key < view.group_end);
+}
+
+// Every token has one key, and a row sees its tokens and no others.
+void check_order(const nld::RequestMask& mask, int token_of[]) {
+  const nld::KeyOrder order = nld::key_order(mask);
+  bool met[256] = {};
+  for (int key = 0; key < mask.seq_len; ++key) {
+    const int token = token_of[key] = nld::token_of_key(order, key);
+    const bool fresh = token >= 0 && token < mask.seq_len && !met[token];
+    CHECK(fresh, "mode %d, %d keys, %d rows, block %d: key %d is token %d", static_cast<int>(mask.mode), mask.seq_len,
+          mask.num_rows, mask.block_len, key, token);
+    if (fresh) met[token] = true;
+    CHECK(mask.mode == nld::MaskMode::kQuadratic || token == key, "key %d is token %d", key, token);
+  }
+  for (int key = 0; key < mask.seq_len; ++key) {
+    const int end = nld::key_run_end(order, key);
+    CHECK(end > key, "the run of key %d ends at %d", key, end);
+    for (int next = key + 1; next < end && next < mask.seq_len; ++next) {
+      CHECK(token_of[next] == token_of[key] + next - key, "%d keys, %d rows, block %d: run of key %d to %d",
+            mask.seq_len, mask.num_rows, mask.block_len, key, end);
+    }
+  }
 }
 
 void check_mask(const nld::RequestMask& mask) {
-  const int limit = mask.seq_len + 3;
+  int token_of[256];
+  check_order(mask, token_of);
+  const int mode = static_cast<int>(mask.mode), limit = mask.seq_len + 3;
+  for (int row = 0; row < mask.num_rows; ++row) {
+    const nld::RowView view = nld::row_view(mask, row);
+    for (int key = 0; key < limit; ++key) {
+      const bool expected = key < mask.seq_len && rule(mask, row, token_of[key]);
+      CHECK(row_sees(view, key) == expected, "mode %d, %d keys, %d rows, block %d phase %d, row %d, key %d", mode,
+            mask.seq_len, mask.num_rows, mask.block_len, mask.block_phase, row, key);
+    }
+    for (int begin = 0; begin < limit; begin += 3) {
+      uint64_t expected = 0;
+      for (int i = 0; i < 64; ++i) expected |= static_cast<uint64_t>(row_sees(view, begin + i)) << i;
+      CHECK(nld::visible_bits(view, begin) == expected, "mode %d row %d key %d", mode, row, begin);
+    }
+  }
   for (int first = 0; first < mask.num_rows; ++first) {
     for (int last = first; last < mask.num_rows; ++last) {
-      const nld::RowView last_view = nld::row_view(mask, last);
-      for (int begin = 0; begin < limit; ++begin) {
-        bool visible = false;  // grows with `end`
-        for (int end = begin; end < limit; ++end) {
-          for (int row = first; end > begin && row <= last; ++row) visible |= row_sees(mask, row, end - 1);
-          const bool seen = nld::tile_is_seen(mask, first, last + 1, last_view, begin, end);
-          // May be true for nothing where the tile lies in the group of the rows.
-          const bool may_differ = mask.mode == nld::MaskMode::kQuadratic || end == begin;
-          CHECK(may_differ ? seen || !visible : seen == visible,
-                "mode %d, %d keys, %d rows, block %d phase %d, rows %d..%d, keys %d..%d", static_cast<int>(mask.mode),
-                mask.seq_len, mask.num_rows, mask.block_len, mask.block_phase, first, last, begin, end);
+      const nld::TileKeys keys = nld::tile_keys(mask, first, last);
+      CHECK(keys.hole_begin <= keys.hole_end && keys.hole_end <= keys.key_end, "mode %d", mode);
+      for (int key = 0; key < limit; ++key) {
+        bool visible = false;
+        for (int row = first; row <= last; ++row) visible |= row_sees(nld::row_view(mask, row), key);
+        const bool inside = key < keys.key_end && !(key >= keys.hole_begin && key < keys.hole_end);
+        CHECK(visible == inside, "mode %d, %d keys, %d rows, block %d phase %d, rows %d..%d, key %d", mode,
+              mask.seq_len, mask.num_rows, mask.block_len, mask.block_phase, first, last, key);
+      }
+    }
+  }
+}
+
+// A walk in steps from `origin` meets every step that touches a key outside of the hole, and no other before its end.
+void check_walks() {
+  for (int hole_begin = 0; hole_begin < 30; ++hole_begin) {
+    for (int hole_end = hole_begin; hole_end < 40; ++hole_end) {
+      for (int origin = 0; origin < 45; origin += 3) {
+        for (int step = 1; step < 9; step += 2) {
+          const nld::KeyRange hole = nld::whole_steps(hole_begin, hole_end, origin, step);
+          int at = nld::after_hole(hole, origin);
+          for (int key = origin; key < 60; key += step) {
+            const bool whole_in_hole = key >= hole_begin && key + step <= hole_end;
+            CHECK((at == key) == !whole_in_hole, "hole %d..%d, steps of %d from %d: %d", hole_begin, hole_end, step,
+                  origin, key);
+            if (at == key) at = nld::after_hole(hole, key + step);
+          }
         }
       }
     }
   }
-  for (int row = 0; row < mask.num_rows; ++row) {
-    for (int begin = 0; begin < limit; begin += 3) {
-      uint64_t heads = 0, expected = 0;
-      for (int i = 0; i < 64; ++i) {
-        if (mask.mode == nld::MaskMode::kQuadratic && nld::is_group_head(mask, begin + i)) heads |= 1ull << i;
-        if (row_sees(mask, row, begin + i)) expected |= 1ull << i;
-      }
-      CHECK(nld::visible_bits(nld::row_view(mask, row), heads, begin) == expected, "mode %d row %d key %d",
-            static_cast<int>(mask.mode), row, begin);
-    }
-  }
+  const nld::KeyRange far = nld::whole_steps(INT32_MAX, INT32_MAX, 64, 64);
+  CHECK(far.begin == far.end, "%d..%d", far.begin, far.end);
 }
 
 void check_fast_div() {
@@ -99,6 +158,8 @@ int main() {
     check_mask({nld::MaskMode::kQuadratic, seq_len, 9, 3, 0});
     check_mask({nld::MaskMode::kBlockCausal, seq_len, 9, 4, 1});
   }
+  for (const int num_rows : {99, 132, 140}) check_mask({nld::MaskMode::kQuadratic, 131, num_rows, 32, 0});
+  check_walks();
   check_fast_div();
   std::printf("%d failures\n", num_failures);
   return num_failures == 0 ? 0 : 1;
