@@ -230,7 +230,7 @@ def test_any_order_of_threads_and_copies(order: str, landing: str, rows: int, ba
 
 
 def test_mask_of_tiles(tmp_path: Path) -> None:
-    """visible_bits and tile_is_seen against the rule for one key; fast_div against division."""
+    """mask.h against the rule for one row and one token; fast_div against division."""
     program = tmp_path / "mask_test"
     source = ROOT / "tests/cpp/mask_test.cpp"
     command = [emulated.tool("g++"), "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror"]
