@@ -107,13 +107,13 @@ def short(output: str) -> str:
     return f"{source} ({isa[1]})" if isa else source
 
 
-def document(figures: dict[str, Any], archs: str) -> dict[str, Any]:
+def document(figures: dict[str, Any], archs: str, commit: str) -> dict[str, Any]:
     """Return what is written."""
     return {
         "benchmark": "build",
         "command": script_command(),
         "environment": {
-            "commit": first_line("git", "describe", "--always", "--dirty", "--abbrev=12"),
+            "commit": commit,
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "cpu": cpu_name(),
             "num_cpus": os.cpu_count(),
@@ -148,7 +148,7 @@ def readable(made: dict[str, Any]) -> str:
         {"what": "CUDA files", "value": f"{made['cuda_files']} for {made['archs']}"},
         {"what": "goal", "value": made["goal"]},
     ]  # fmt: skip
-    longest = [{"longest steps": k, "seconds": v} for k, v in made["longest_s"].items()]
+    longest = [{"longest steps": k, "wall seconds": v} for k, v in made["longest_s"].items()]
     return f"{table(rows)}\n\n{table(longest)}"
 
 
@@ -162,9 +162,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sources, wheels = Path(folder, "sources"), Path(folder, "wheels")
         sources.mkdir()
+        commit = first_line("git", "describe", "--always", "--dirty", "--abbrev=12")
         copy_sources(sources)
         figures = build(sources, wheels, options.jobs)
-    made = document(figures, default_archs())
+    made = document(figures, default_archs(), commit)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(made, indent=1) + "\n")
     print(readable(made))

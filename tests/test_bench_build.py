@@ -48,7 +48,7 @@ def test_figures_of_a_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         "csrc/attention/launch_sm80_f16_64.cu", 61.0
     )  # fmt: skip
     monkeypatch.undo()
-    made = bench_build.document(figures, bench_build.default_archs())
+    made = bench_build.document(figures, bench_build.default_archs(), "abc")
     page = bench_build.readable(made)
     assert "360 s on 2 cores, wheel below 20 MB" in page and "90a-real" in page
     assert "launch_sm80_f16_64.cu" in page
