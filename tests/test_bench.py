@@ -185,7 +185,7 @@ def test_every_baseline_can_be_asked_for() -> None:
     assert runner.baselines_of("all") is None and runner.baselines_of("none") == []
 
 
-def only(cell_name: str, **more: Any) -> suite.Suite:
+def only(op: str, **more: Any) -> suite.Suite:
     """Return a suite that is quick."""
     return suite.Suite(
         torch.device("cpu"), timing.CpuClock(min_runs=1, max_runs=1), ROOFS, budget_s=0.0,
@@ -256,6 +256,13 @@ def test_our_own_failure_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     row = one.run(CELL)
     assert row["status"] == "failed" and "ZeroDivisionError" in row["reason"]
     assert len(one.failures) == 1
+
+
+def test_a_cell_without_prediction_is_measured() -> None:
+    one = only("append", predict=lambda cell: 1 / 0)
+    row = one.run(CELL)
+    assert row["status"] == "measured" and "predicted_us" not in row
+    assert one.failures == [f"{CELL.name}: no prediction: ZeroDivisionError: division by zero"]
 
 
 def test_failures_are_the_exit_code(

@@ -89,6 +89,10 @@ class Suite:
         row = describe(cell)
         try:
             row |= self.predict(cell)
+        except Exception as error:  # the measurement is worth more than the prediction
+            traceback.print_exc()
+            self.failures.append(f"{cell.name}: no prediction: {type(error).__name__}: {error}")
+        try:
             row |= self._measure(cell)
         except NotRun as reason:
             row |= {"status": "not run", "reason": str(reason)}
