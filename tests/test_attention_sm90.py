@@ -185,16 +185,17 @@ def hopper_traffic(traffic: Callable):
         yield traffic
 
 
+HOPPER_CASES = ("blocks", "prompt", "splits", "groups-16", "groups-16-split")
+
+
 @pytest.mark.parametrize("page_size", [5, 64])
-@pytest.mark.parametrize(
-    "case", [c for c in traffic_of.CASES if c.name in ("blocks", "prompt", "splits")], ids=str
-)
+@pytest.mark.parametrize("case", [c for c in traffic_of.CASES if c.name in HOPPER_CASES], ids=str)
 def test_keys_are_read_once_per_tile(case: AttentionCase, page_size: int, hopper_traffic) -> None:
     """To the byte, whether boxes are copied or rows gathered: what is past the end is not read."""
     case = replace(case, page_size=page_size)
     q, k, v, out, lse, plan = traffic_of.counted(case, BF16, hopper_traffic)
     row_bytes = 2 * case.dim
-    keys = sum(end - begin for _, _, begin, end in plan.items)
+    keys = traffic_of.keys_read(plan, case, plan.header["tile_rows"], TILE_KEYS)
     rows = sum(plan.tiles[t]["num_rows"] for t, *_ in plan.items)
     assert plan.header["tile_rows"] > 16
     assert k.read_bytes == v.read_bytes == keys * case.kv_heads * row_bytes

@@ -14,7 +14,8 @@ import torch
 from nld_cuda import ops
 from nld_cuda.bench import grid
 
-HEADER_WORDS, TILE_WORDS, ITEM_WORDS = 12, 8, 4  # csrc/attention/plan.h
+HEADER_WORDS, TILE_WORDS, ITEM_WORDS = 12, 12, 4  # csrc/attention/plan.h
+SPLIT_LEN = 5  # of the header, as these:
 NUM_TILES, NUM_ITEMS, NUM_SPLIT_TILES, NUM_SLOTS, MAX_ITEM_KEYS = range(6, 11)  # of the header
 TILE_ROWS = (16, 64, 128)
 BUCKETS = 256
@@ -28,7 +29,9 @@ class Plan:
     words: torch.Tensor
     tile_rows: int
     max_tiles: int
-    tiles: list[list[int]]  # request, row_begin, num_rows, key_end, num_splits, split_keys, ...
+    # request, row_begin, num_rows, key_end, num_splits, split_keys, first_slot, first_item,
+    # hole_begin, hole_end, heads_begin, unused
+    tiles: list[list[int]]
     items: list[list[int]]  # tile, split, key_begin, key_end; longest first
     num_slots: int
 
@@ -40,7 +43,19 @@ class Plan:
     @property
     def longest(self) -> int:
         """Keys of the longest item."""
-        return max((end - begin for *_, begin, end in self.items), default=0)
+        return max((self.keys_of(item) for item in self.items), default=0)
+
+    def cut(self, tile: list[int]) -> tuple[int, int]:
+        """Return what items leave out of the tile's hole: whole splits, or whole steps."""
+        step = int(self.words[SPLIT_LEN]) or KEY_STEP
+        begin, end = -(-tile[8] // step) * step, tile[9] // step * step
+        return (begin, end) if end > begin else (0, 0)
+
+    def keys_of(self, item: list[int]) -> int:
+        """Return how many keys an item works through."""
+        tile, _, begin, end = item
+        cut_begin, cut_end = self.cut(self.tiles[tile])
+        return end - begin - max(min(end, cut_end) - max(begin, cut_begin), 0)
 
 
 def plan_arguments(cell: grid.Attention) -> tuple[list[torch.Tensor], dict[str, object]]:
@@ -86,11 +101,13 @@ def parse(words: torch.Tensor, cell: grid.Attention) -> Plan:
 def recut(plan: Plan, split_keys: int) -> Plan:
     """Cut the tiles of a plan evenly into splits of at most so many keys, as the plan does."""
     tiles: list[list[int]] = []
-    items: list[list[int]] = []
+    items: list[list[int]] = []  # with their lengths
     split_tiles: list[int] = []
     num_slots = 0
     for t, tile in enumerate(plan.tiles):
-        end = tile[3]
+        cut_begin, cut_end = plan.cut(tile)
+        left_out = cut_end - cut_begin
+        end = tile[3] - left_out
         splits = max(-(-end // split_keys), 1)
         keys = -(-end // (splits * KEY_STEP)) * KEY_STEP if splits > 1 else split_keys
         splits = max(-(-end // keys), 1)
@@ -98,11 +115,15 @@ def recut(plan: Plan, split_keys: int) -> Plan:
         if splits > 1:
             split_tiles.append(t)
             num_slots += splits
-        tiles.append([*tile[:4], splits, keys, slot, len(items)])
+        tiles.append([*tile[:4], splits, keys, slot, len(items), *tile[8:]])
         for s in range(splits):
-            items.append([t, s, s * keys, end if s == splits - 1 else (s + 1) * keys])
-    longest = max((end - begin for *_, begin, end in items), default=0)
-    items.sort(key=lambda item: -((item[3] - item[2]) // (longest // BUCKETS + 1)))
+            first, last = s * keys, end if s == splits - 1 else (s + 1) * keys
+            key_begin = first + left_out if first >= cut_begin else first
+            key_end = last + left_out if last > cut_begin else last
+            items.append([t, s, key_begin, key_end, last - first])
+    longest = max((item[4] for item in items), default=0)
+    items.sort(key=lambda item: -(item[4] // (longest // BUCKETS + 1)))
+    items = [item[:4] for item in items]
     header = plan.words[:HEADER_WORDS].tolist()
     for at, value in (
         (NUM_ITEMS, len(items)), (NUM_SPLIT_TILES, len(split_tiles)),

@@ -223,14 +223,15 @@ def attention(cell: grid.Attention, gpu: Gpu, plan: Plan | None = None) -> Predi
     partial_ns = (cell.head_dim + 2) * 4 / (gpu.l2_gbps / gpu.sms)  # a row of a partial result
     keys, tails = [], []
     asked = 0.0
-    for tile, _, begin, end in plan.items:
-        num_rows, splits = min(plan.tiles[tile][2], rows), plan.tiles[tile][4]
-        steps = -(-(end - begin) // kernel.step) * kernel.step
+    for item in plan.items:
+        tile, num_keys = plan.tiles[item[0]], plan.keys_of(item)
+        num_rows, splits = min(tile[2], rows), tile[4]
+        steps = -(-num_keys // kernel.step) * kernel.step
         extra = num_rows * row_bytes * (1 if splits > 1 else 2) / key_bytes  # q, and out
         tail = gpu.latency.epilogue * 1e3 + (num_rows * partial_ns if splits > 1 else 0.0)
         keys += [steps + extra] * heads
         tails += [tail] * heads
-        asked += (end - begin + extra) * heads * key_bytes
+        asked += (num_keys + extra) * heads * key_bytes
     # What is asked for twice comes from L2.
     memory_ns = key_bytes / gpu.copy_gbps * min(work.floor_bytes / asked, 1.0) if asked else 0.0
     l2_ns = key_bytes / gpu.l2_gbps
@@ -249,7 +250,7 @@ def attention(cell: grid.Attention, gpu: Gpu, plan: Plan | None = None) -> Predi
     choice = {
         "kernel": kernel.name, "tile_rows": plan.tile_rows, "ctas": m.num_ctas,
         "items": len(plan.items), "splits": plan.splits,
-        "longest": max((end - begin for *_, begin, end in plan.items), default=0),
+        "longest": plan.longest,
     }  # fmt: skip
     return Prediction(
         us, longest if busy[longest] > us * 500 else "latency",
