@@ -89,6 +89,49 @@ def test_commit_by_hand() -> None:
     assert predict(two_launches, H100).us > predict(one_launch, H100).us + LATENCY.next_kernel
 
 
+@pytest.fixture
+def with_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the kernels have clusters, and merge early where they do not use them."""
+    kernel_of = time_model.kernel_of
+    monkeypatch.setattr(
+        time_model, "kernel_of",
+        lambda *args: replace(kernel_of(*args), clusters=True, combine="dependent"),
+    )  # fmt: skip
+
+
+def test_clusters_are_as_the_launcher_has_them(with_clusters: None) -> None:
+    """csrc/attention/cluster.h, for the clusters that 8 groups of 16 SMs hold."""
+    sizes = {}
+    for rows, batch, keys in (
+        (32, 1, 1024),
+        (32, 1, 512),
+        (32, 8, 512),
+        (1, 1, 32768),
+        (64, 2, 4096),
+    ):
+        cell = attention_cell(rows, batch, keys)
+        sizes[rows, batch, keys] = time_model.attention(cell, H100).choice["cluster"]
+        assert time_model.attention(cell, GPUS["A100"]).choice["cluster"] == 1
+    assert list(sizes.values()) == [16, 8, 2, 1, 4]
+    for (rows, batch, keys), size in sizes.items():
+        cell = attention_cell(rows, batch, keys)
+        without = time_model.attention(cell, H100, plans.plan_of(cell, H100.sms)).us
+        own = time_model.attention(cell, H100).us
+        assert own < without if size > 1 else own == without
+
+
+def test_clusters_lose_nowhere_by_much(with_clusters: None) -> None:
+    """What the launcher gives to clusters, against the plan's own cuts and a second launch."""
+    for cell in grid.ATTENTION:
+        if cell.group not in ("decode", "mixed") or len(cell.requests) > 8:
+            continue
+        for gpu in (H100, H200):
+            own = time_model.attention(cell, gpu)
+            if own.choice["cluster"] > 1:
+                cut = time_model.attention(cell, gpu, plans.plan_of(cell, gpu.sms)).us
+                assert own.us < 1.1 * cut, (cell.name, gpu.name)
+
+
 def test_devices_by_name() -> None:
     assert time_model.gpu_named("NVIDIA H100 80GB HBM3") is H100
     other = time_model.gpu_named("another", 123.0, 7)
@@ -146,6 +189,6 @@ def test_traffic_agrees_with_the_plan() -> None:
     """The bytes of the floor are the keys of the plan's items where one tile reads each request."""
     cell = attention_cell(32, 8, 4096)
     plan = plans.plan_of(cell, 132)
-    keys = sum(end - begin for *_, begin, end in plan.items)
+    keys = sum(plan.item_keys(item) for item in plan.items)
     q_and_out = cell.total_q * cell.heads * (2 * cell.head_dim * 2 + 4)
     assert traffic.of(cell).floor_bytes == keys * 4096 + q_and_out

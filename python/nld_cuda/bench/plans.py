@@ -43,19 +43,22 @@ class Plan:
     @property
     def longest(self) -> int:
         """Keys of the longest item."""
-        return max((self.keys_of(item) for item in self.items), default=0)
+        return max((self.item_keys(item) for item in self.items), default=0)
 
     def cut(self, tile: list[int]) -> tuple[int, int]:
-        """Return what items leave out of the tile's hole: whole splits, or whole steps."""
+        """Where items skip a part of a tile's hole, whole splits or steps, and how long it is."""
         step = int(self.words[SPLIT_LEN]) or KEY_STEP
-        begin, end = -(-tile[8] // step) * step, tile[9] // step * step
-        return (begin, end) if end > begin else (0, 0)
+        begin = -(-tile[8] // step) * step
+        return begin, max(tile[9] // step * step - begin, 0)
 
-    def keys_of(self, item: list[int]) -> int:
-        """Return how many keys an item works through."""
-        tile, _, begin, end = item
-        cut_begin, cut_end = self.cut(self.tiles[tile])
-        return end - begin - max(min(end, cut_end) - max(begin, cut_begin), 0)
+    def item_keys(self, item: list[int]) -> int:
+        """Keys that an item works through, without those of its tile's hole."""
+        begin, left_out = self.cut(self.tiles[item[0]])
+        return item[3] - item[2] - (left_out if item[2] < begin < item[3] else 0)
+
+    def tile_keys(self, tile: int) -> int:
+        """Keys of all splits of a tile."""
+        return self.tiles[tile][3] - self.cut(self.tiles[tile])[1]
 
 
 def plan_arguments(cell: grid.Attention) -> tuple[list[torch.Tensor], dict[str, object]]:
@@ -101,29 +104,26 @@ def parse(words: torch.Tensor, cell: grid.Attention) -> Plan:
 def recut(plan: Plan, split_keys: int) -> Plan:
     """Cut the tiles of a plan evenly into splits of at most so many keys, as the plan does."""
     tiles: list[list[int]] = []
-    items: list[list[int]] = []  # with their lengths
+    items: list[list[int]] = []
     split_tiles: list[int] = []
     num_slots = 0
     for t, tile in enumerate(plan.tiles):
-        cut_begin, cut_end = plan.cut(tile)
-        left_out = cut_end - cut_begin
-        end = tile[3] - left_out
-        splits = max(-(-end // split_keys), 1)
-        keys = -(-end // (splits * KEY_STEP)) * KEY_STEP if splits > 1 else split_keys
-        splits = max(-(-end // keys), 1)
+        (cut, left_out), all_keys = plan.cut(tile), plan.tile_keys(t)
+        splits = max(-(-all_keys // split_keys), 1)
+        keys = -(-all_keys // (splits * KEY_STEP)) * KEY_STEP if splits > 1 else split_keys
+        splits = max(-(-all_keys // keys), 1)
         slot = num_slots if splits > 1 else -1
         if splits > 1:
             split_tiles.append(t)
             num_slots += splits
         tiles.append([*tile[:4], splits, keys, slot, len(items), *tile[8:]])
         for s in range(splits):
-            first, last = s * keys, end if s == splits - 1 else (s + 1) * keys
-            key_begin = first + left_out if first >= cut_begin else first
-            key_end = last + left_out if last > cut_begin else last
-            items.append([t, s, key_begin, key_end, last - first])
-    longest = max((item[4] for item in items), default=0)
-    items.sort(key=lambda item: -(item[4] // (longest // BUCKETS + 1)))
-    items = [item[:4] for item in items]
+            begin, end = s * keys, min((s + 1) * keys, all_keys)
+            begin += left_out if begin >= cut else 0
+            items.append([t, s, begin, end + left_out if end > cut else end])
+    made = Plan(plan.words, plan.tile_rows, plan.max_tiles, tiles, items, num_slots)
+    longest = made.longest
+    items.sort(key=lambda item: -(made.item_keys(item) // (longest // BUCKETS + 1)))
     header = plan.words[:HEADER_WORDS].tolist()
     for at, value in (
         (NUM_ITEMS, len(items)), (NUM_SPLIT_TILES, len(split_tiles)),
@@ -138,7 +138,7 @@ def recut(plan: Plan, split_keys: int) -> Plan:
     first = HEADER_WORDS + TILE_WORDS * plan.max_tiles
     words[first : first + len(split_tiles)] = torch.tensor(split_tiles, dtype=torch.int32)
     words[at : at + ITEM_WORDS * len(items)] = torch.tensor(items, dtype=torch.int32).flatten()
-    return Plan(words, plan.tile_rows, plan.max_tiles, tiles, items, num_slots)
+    return replace(made, words=words)
 
 
 def with_tile_rows(cell: grid.Attention, tile_rows: int) -> grid.Attention:
@@ -158,6 +158,6 @@ def with_tile_rows(cell: grid.Attention, tile_rows: int) -> grid.Attention:
 
 def candidates(plan: Plan) -> list[int]:
     """Split lengths worth comparing: the longest tile in 1, 2, ... parts of 64 keys or more."""
-    longest = max((tile[3] for tile in plan.tiles), default=0)
+    longest = max((plan.tile_keys(t) for t in range(len(plan.tiles))), default=0)
     parts = range(1, min(longest // KEY_STEP, 256) + 1)
     return sorted({-(-longest // (k * KEY_STEP)) * KEY_STEP for k in parts} or {KEY_STEP})

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from nld_cuda.bench import grid, traffic
-from nld_cuda.bench.plans import Plan, plan_of
+from nld_cuda.bench.plans import KEY_STEP, Plan, plan_of
 from nld_cuda.ops import VerifyMode
 
 # ---- constants, each with its source ---------------------------------------------------------
@@ -61,6 +61,7 @@ class Gpu:
         wgmma_tflops: of warpgroup products in attention, 0 where there are none. Others:
             FlashAttention-3 620 at 16k causal; ours is given a tenth less.
         fma_tflops: of float32 in the general kernel: a quarter of the datasheet, a guess.
+        gpcs: groups of 16 SMs or more in which clusters lie; 0: there are none. Recalled.
         latency: the same for all, until somebody measures.
     """
 
@@ -72,17 +73,18 @@ class Gpu:
     mma_tflops: float
     wgmma_tflops: float = 0.0
     fma_tflops: float = 15.0
+    gpcs: int = 0
     latency: Latency = Latency()
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("H100", 132, 1.70, 3000, 5500, 350, 560),
-        Gpu("H200", 132, 1.70, 4300, 5500, 350, 560),
+        Gpu("H100", 132, 1.70, 3000, 5500, 350, 560, gpcs=8),
+        Gpu("H200", 132, 1.70, 4300, 5500, 350, 560, gpcs=8),
         Gpu("A100", 108, 1.41, 1750, 4000, 220, fma_tflops=5),
         Gpu("RTX 4090", 128, 2.50, 900, 5000, 150),
-        Gpu("B200", 148, 1.80, 7000, 10000, 450),
+        Gpu("B200", 148, 1.80, 7000, 10000, 450, gpcs=8),
     )
 }
 
@@ -99,7 +101,9 @@ class Kernel:
     Attributes:
         products: mma, wgmma or fma: what computes them.
         in_flight: bytes of K and V on their way to a CTA.
-        combine: a second kernel merges partial results; "dependent": started early.
+        combine: how partial results are merged: "kernel": by a second one; "dependent": started
+            early where the GPU can; "inside": at no further launch.
+        clusters: a cluster may share a tile and merge its splits itself.
         step: keys of a tile in shared memory: the last products of an item are of a whole one.
     """
 
@@ -107,13 +111,19 @@ class Kernel:
     products: str
     in_flight: dict[int, int]
     ctas_per_sm: dict[int, int]
-    combine: str = "kernel"  # kernel, dependent, inside
+    combine: str = "kernel"
     step: int = 64
+    clusters: bool = False
 
 
 # Rings of csrc/attention, less the slot that is being multiplied.
-SM80 = Kernel("sm80", "mma", {16: 32 << 10, 64: 32 << 10, 128: 64 << 10}, {16: 2, 64: 2, 128: 1})
-SM90 = Kernel("sm90", "wgmma", {64: 64 << 10, 128: 160 << 10}, {64: 2, 128: 1}, step=128)
+SM80 = Kernel(
+    "sm80", "mma", {16: 32 << 10, 64: 32 << 10, 128: 64 << 10}, {16: 2, 64: 2, 128: 1},
+    "kernel", clusters=False,
+)  # fmt: skip
+SM90 = Kernel(
+    "sm90", "wgmma", {64: 64 << 10, 128: 160 << 10}, {64: 2, 128: 1}, "kernel", 128, False
+)
 SIMT = Kernel("simt", "fma", {16: 16 << 10}, {16: 2})
 SIMT_ROWS = 16  # of a CTA of the general kernel, whatever the plan's tiles
 
@@ -208,8 +218,68 @@ def run_items(m: Machine, keys: Sequence[float], tails_ns: Sequence[float]) -> f
     return last
 
 
+def cluster_size(cell: grid.Attention, gpu: Gpu, kernel: Kernel, plan: Plan) -> int:
+    """CTAs that share a tile: csrc/attention/cluster.h, for as many clusters as the GPU holds."""
+    requests = min(len(cell.requests), cell.total_q)
+    if not kernel.clusters or gpu.gpcs == 0 or requests == 0:
+        return 1
+    ctas, heads = kernel.ctas_per_sm[plan.tile_rows], cell.kv_heads
+    rows = -(-cell.total_q // requests) * (cell.heads // heads)
+    wanted = requests * -(-rows // plan.tile_rows) * heads
+    wave = max(gpu.sms * (1 if plan.tile_rows == 128 else 2) // heads, 1)
+    key_ns = 20 if plan.tile_rows == 128 else 16
+    for size in (16, 8, 4, 2):
+        if (cell.max_seq_len // size - cell.max_seq_len // wave) * key_ns > CLUSTER_REGRET_NS:
+            break
+        if (
+            cell.max_seq_len > (size - 1) * KEY_STEP
+            and resident_clusters(gpu, ctas, size) >= wanted
+        ):
+            return size
+    return 1
+
+
+CLUSTER_REGRET_NS = 16000  # cluster.h
+
+
+def resident_clusters(gpu: Gpu, ctas_per_sm: int, size: int) -> int:
+    """Clusters of that many CTAs that the GPU holds at once."""
+    return gpu.gpcs * (16 * ctas_per_sm // size)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one CTA does before it takes the next: keys for the rows of a tile."""
+
+    keys: int
+    rows: int
+    is_split: bool
+
+
+def pieces_of(plan: Plan, rows: int, heads: int) -> list[Piece]:
+    """All of a plan, for so many kv heads (or groups of rows of one)."""
+    pieces = []
+    for item in plan.items:
+        tile = plan.tiles[item[0]]
+        piece = Piece(plan.item_keys(item), min(tile[2], rows), tile[4] > 1)
+        pieces += [piece] * heads
+    return pieces
+
+
+def cluster_pieces_of(plan: Plan, heads: int, size: int) -> list[Piece]:
+    """The shares of the CTAs of a cluster, for every tile and kv head."""
+    pieces = []
+    for t, tile in enumerate(plan.tiles):
+        keys = plan.tile_keys(t)
+        share = -(-keys // (size * KEY_STEP)) * KEY_STEP
+        ranks = [Piece(min(max(keys - r * share, 0), share), tile[2], True) for r in range(size)]
+        pieces += ranks * heads
+    return pieces
+
+
 def attention(cell: grid.Attention, gpu: Gpu, plan: Plan | None = None) -> Prediction:
-    """Predict block_attention for a plan; none: the one that it would make."""
+    """Predict block_attention for a plan, as it is cut; none: what it would do by itself."""
+    is_own = plan is None
     plan = plan_of(cell, gpu.sms) if plan is None else plan
     rows, heads = plan.tile_rows, cell.kv_heads
     work = traffic.of(cell)
@@ -217,40 +287,43 @@ def attention(cell: grid.Attention, gpu: Gpu, plan: Plan | None = None) -> Predi
     if kernel is SIMT:  # each 16 rows of an item are a CTA
         rows = SIMT_ROWS
         heads *= plan.tile_rows // rows
-    m = machine(gpu, kernel, cell, rows, len(plan.items) * heads)
+    size = cluster_size(cell, gpu, kernel, plan) if is_own else 1
+    pieces = cluster_pieces_of(plan, heads, size) if size > 1 else pieces_of(plan, rows, heads)
+    m = machine(gpu, kernel, cell, rows, len(pieces))
+    if size > 1:
+        resident = resident_clusters(gpu, kernel.ctas_per_sm[rows], size)
+        m = replace(m, num_ctas=min(len(pieces), resident * size))
     key_bytes = 2 * cell.head_dim * grid.ELEMENT_BYTES[cell.kv_dtype]
     row_bytes = cell.head_dim * grid.ELEMENT_BYTES[cell.dtype]
-    partial_ns = (cell.head_dim + 2) * 4 / (gpu.l2_gbps / gpu.sms)  # a row of a partial result
+    row_ns = (cell.head_dim + 2) * 4 / (gpu.l2_gbps / gpu.sms)  # of a partial result, moved once
     keys, tails = [], []
     asked = 0.0
-    for item in plan.items:
-        tile, num_keys = plan.tiles[item[0]], plan.keys_of(item)
-        num_rows, splits = min(tile[2], rows), tile[4]
-        steps = -(-num_keys // kernel.step) * kernel.step
-        extra = num_rows * row_bytes * (1 if splits > 1 else 2) / key_bytes  # q, and out
-        tail = gpu.latency.epilogue * 1e3 + (num_rows * partial_ns if splits > 1 else 0.0)
-        keys += [steps + extra] * heads
-        tails += [tail] * heads
-        asked += (num_keys + extra) * heads * key_bytes
+    for piece in pieces:
+        steps = -(-piece.keys // kernel.step) * kernel.step
+        extra = piece.rows * row_bytes * (1 if piece.is_split else 2) / key_bytes  # q, and out
+        keys.append(steps + extra)
+        tails.append(gpu.latency.epilogue * 1e3 + piece.rows * row_ns * piece.is_split)
+        asked += (piece.keys + extra) * key_bytes
     # What is asked for twice comes from L2.
     memory_ns = key_bytes / gpu.copy_gbps * min(work.floor_bytes / asked, 1.0) if asked else 0.0
     l2_ns = key_bytes / gpu.l2_gbps
     shared = "memory" if memory_ns >= l2_ns else "l2"
     m = replace(m, shared_key_ns=max(memory_ns, l2_ns), bounds=(m.bounds[0], shared))
     us = gpu.latency.kernel + run_items(m, keys, tails) / 1e3
-    if kernel.combine != "inside":
-        us += (
-            gpu.latency.next_kernel if kernel.combine == "kernel" else gpu.latency.dependent_kernel
-        )
-    if plan.num_slots:
+    if size > 1:
+        us += gpu.latency.merge  # and the rows themselves as if they went through L2: a guess
+    elif kernel.combine != "inside":
+        early = kernel.combine == "dependent" and gpu.gpcs > 0
+        us += gpu.latency.dependent_kernel if early else gpu.latency.next_kernel
+    if plan.num_slots and size == 1:
         rows_read = sum(t[2] * t[4] for t in plan.tiles if t[4] > 1) * cell.kv_heads
         us += gpu.latency.merge + rows_read * (cell.head_dim + 2) * 4 / gpu.l2_gbps / 1e3
     busy = {m.bounds[0]: m.key_ns * sum(keys) / m.num_ctas, shared: m.shared_key_ns * sum(keys)}
     longest = max(busy, key=lambda name: busy[name])
     choice = {
         "kernel": kernel.name, "tile_rows": plan.tile_rows, "ctas": m.num_ctas,
-        "items": len(plan.items), "splits": plan.splits,
-        "longest": plan.longest,
+        "cluster": size, "items": len(pieces) // heads, "splits": size if size > 1 else plan.splits,
+        "longest": max((piece.keys for piece in pieces), default=0),
     }  # fmt: skip
     return Prediction(
         us, longest if busy[longest] > us * 500 else "latency",

@@ -79,7 +79,7 @@ def alternatives(cell: grid.Attention, num_sms: int, capability: int) -> Iterato
         plan = plans.plan_of(padded, num_sms)
         if plan.tile_rows != rows:
             continue
-        longest = max((t[3] for t in plan.tiles), default=0)
+        longest = max((plan.tile_keys(t) for t in range(len(plan.tiles))), default=0)
         lengths = {longest // 4, longest // 2, longest, plan.longest}
         lengths |= {plan.longest * num // den for num, den in ((1, 2), (3, 4), (3, 2), (2, 1))}
         seen = set()
