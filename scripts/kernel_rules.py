@@ -105,10 +105,14 @@ def attention_mma_smem(name: str) -> int:
 
 def attention_wgmma_smem(name: str) -> int:
     """Bytes of the ring, of q, and of two barriers a slot (attention/ring_sm90.cuh)."""
-    head_dim, tile_rows = map(int, arguments(name)[1:])
+    head_dim, tile_rows = map(int, arguments(name)[1:3])
     columns = 1 if head_dim <= 64 else 2
-    slots = (6 if tile_rows == 128 else 3) * (2 if columns == 1 else 1)
+    is_fp8 = arguments(name)[3] == "e4m3"
+    of_a_column = (4 if is_fp8 else 6) if tile_rows == 128 else (2 if is_fp8 else 3)
+    slots = of_a_column * (2 if columns == 1 else 1)
     smem = columns * (slots * 128 * 128 + tile_rows * 128) + slots * 16
+    if is_fp8:  # and codes: two tiles under way, or one, and one that is converted
+        smem += (3 if slots > 3 else 2) * 128 * head_dim
     return -(-smem // KIB) * KIB
 
 
@@ -224,7 +228,7 @@ RULES: list[Rule] = [
     # HGMMA of one tile of 128 keys before the loop, one inside and the last product with V; TMA of
     # K and V; 16-byte copies of single rows.
     Rule(
-        r"attention_wgmma_kernel<\w+, \d+, 128>",
+        r"attention_wgmma_kernel<(\w+), \d+, 128, \1>",
         min_ctas={"all": 1},
         instructions={
             r"HGMMA\.64x128x16": 2 * 4,
@@ -238,7 +242,7 @@ RULES: list[Rule] = [
         only="sm_90a",
     ),
     Rule(
-        r"attention_wgmma_kernel<\w+, \d+, 64>",
+        r"attention_wgmma_kernel<(\w+), \d+, 64, \1>",
         min_ctas={"all": 2},
         instructions={
             r"HGMMA\.64x128x16": 2 * 4,
@@ -249,6 +253,33 @@ RULES: list[Rule] = [
         },
         dynamic_smem=attention_wgmma_smem,
         schedule=WGMMA_OVERLAP,
+        only="sm_90a",
+    ),
+    # Of fp8 caches: no copy engine; 16-byte copies of codes, products that widen them.
+    Rule(
+        r"attention_wgmma_kernel<bf16, \d+, 128, e4m3>",
+        min_ctas={"all": 1},
+        instructions={
+            r"HGMMA\.64x\d+x16": 2 * 4 + 2 * 8,
+            CP_ASYNC_16: 4,
+            WIDEN: 8,
+            "STS.128": 2,
+            "USETMAXREG": 2,
+        },
+        dynamic_smem=attention_wgmma_smem,
+        only="sm_90a",
+    ),
+    Rule(
+        r"attention_wgmma_kernel<bf16, \d+, 64, e4m3>",
+        min_ctas={"all": 2},
+        instructions={
+            r"HGMMA\.64x\d+x16": 2 * 4 + 2 * 8,
+            CP_ASYNC_16: 4,
+            WIDEN: 8,
+            "STS.128": 2,
+            "USETMAXREG": 2,
+        },
+        dynamic_smem=attention_wgmma_smem,
         only="sm_90a",
     ),
     # ---- attention around them. Combine is latency-bound: 8 partial rows a warp on their way. The

@@ -135,6 +135,7 @@ def run(case: AttentionCase, dtype: torch.dtype, backend) -> None:
     test_attention.check(ops.block_attention(*args, **options), args, options)
 
 
+@pytest.mark.gpus(80, 90)
 @pytest.mark.parametrize("case", ATTENTION_CORRECT + ATTENTION_CORNER, ids=str)
 def test_attention_matches_reference(case: AttentionCase, backend) -> None:
     run(case, torch.bfloat16, backend)
@@ -149,6 +150,7 @@ def test_attention_of_other_queries(case: AttentionCase, dtype: torch.dtype, bac
     run(case, dtype, backend)
 
 
+@pytest.mark.gpus(80, 90)
 @pytest.mark.parametrize("softcap", [0.0, 4.0])
 @pytest.mark.parametrize("scale", [None, -0.3, 0.0])
 def test_scales_and_softcap(scale: float | None, softcap: float, backend) -> None:
@@ -156,6 +158,7 @@ def test_scales_and_softcap(scale: float | None, softcap: float, backend) -> Non
     run(case, torch.bfloat16, backend)
 
 
+@pytest.mark.gpus(80, 90)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 20])
 def test_every_code_is_read_right(dim: int, dtype: torch.dtype, backend) -> None:
@@ -179,6 +182,7 @@ def test_every_code_is_read_right(dim: int, dtype: torch.dtype, backend) -> None
         assert_equal(out[:, head].float(), exact[head].expand(dim, dim), f"values of head {head}")
 
 
+@pytest.mark.gpus(80, 90)
 @pytest.mark.parametrize("tile_rows", [16, 64, 128])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_every_instance(dim: int, tile_rows: int, backend) -> None:
@@ -191,6 +195,7 @@ def test_every_instance(dim: int, tile_rows: int, backend) -> None:
         test_attention.check(ops.block_attention(*args, **options), args, options)
 
 
+@pytest.mark.gpus(80, 90)
 @pytest.mark.parametrize("page_size", [1, 3, 64, 100])
 @pytest.mark.parametrize("hnd", [False, True], ids=["nhd", "hnd"])
 @pytest.mark.parametrize("rows", [2, 20])
@@ -207,6 +212,7 @@ def test_edges_of_tiles(rows: int, seq_len: int, backend) -> None:
     run(AttentionCase("x", requests, heads=4, kv_heads=1), torch.bfloat16, backend)
 
 
+@pytest.mark.gpus(80, 90)
 def test_tiles_of_64_and_128_rows_give_equal_bits(backend) -> None:
     small = (Request(16, 150, FULL), Request(11, 211, CAUSAL), Request(10, 77, QUADRATIC, 4))
     case = AttentionCase("x", (*small, Request(60, 100)), dim=128, split_len=64, heads=8)
@@ -238,22 +244,26 @@ def test_rows_that_start_at_no_multiple_of_16_bytes(shift: int, dim: int, backen
         test_attention.check(ops.block_attention(*moved, **options), moved, options)
 
 
-@pytest.mark.parametrize("rows", [3, 12, 40])
+@pytest.mark.parametrize("gpu,rows", [(80, 3), (80, 12), (80, 40), (90, 12), (90, 40)])
 @pytest.mark.parametrize("order", emulated.ORDERS)
 @pytest.mark.parametrize("landing", emulated.LANDINGS)
-def test_any_order_of_threads_and_copies(order: str, landing: str, rows: int, monkeypatch) -> None:
+def test_any_order_of_threads_and_copies(
+    order: str, landing: str, gpu: int, rows: int, monkeypatch
+) -> None:
     requests = (Request(rows, 203, CAUSAL), Request(rows, 131, QUADRATIC, 4))
     args, options, _ = make(AttentionCase("x", requests, dim=64), torch.bfloat16)
     monkeypatch.setattr(ops, "_nld", emulated.Ops())
     emulated.configure()
-    want = ops.block_attention(*args, **options)
-    test_attention.check(want, args, options)
-    emulated.configure(order=order, landing=landing, seed=2)
-    out, lse = ops.block_attention(*args, **options)
+    with emulated.load().gpu(gpu):
+        want = ops.block_attention(*args, **options)
+        test_attention.check(want, args, options)
+        emulated.configure(order=order, landing=landing, seed=2)
+        out, lse = ops.block_attention(*args, **options)
     assert_equal(out, want[0], "out")
     assert_equal(lse, want[1], "lse")
 
 
+@pytest.mark.gpus(80, 90)
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
 @pytest.mark.parametrize("at", [(0, 0), (37, 15), (99, 63)], ids=str)
 def test_nan_is_not_lost(at: tuple, code: int, backend) -> None:
@@ -283,6 +293,7 @@ def test_no_scale_is_one(dtype: torch.dtype, backend) -> None:
         assert_equal(actual[1], want[1], "lse")
 
 
+@pytest.mark.gpus(80, 90)
 @pytest.mark.parametrize("mode", [FULL, CAUSAL, BLOCK_CAUSAL, QUADRATIC])
 def test_error_of_quantising_is_bounded(mode: int, backend) -> None:
     """Against attention on what was quantised: an entry is off by at most 2^-4 of itself.

@@ -219,6 +219,8 @@ BUGS = [
     Bug("attention_fp8_no_barrier", attention_fp8, RACE),
     Bug("attention_fp8_no_barrier", attention_fp8_in_warps, RACE),
     Bug("attention_fp8_lost_nan", attention_fp8_nan, NUMBERS),
+    Bug("attention_fp8_lost_nan", attention_fp8_nan, NUMBERS, 90),
+    Bug("attention_sm90_no_proxy_fence", attention_fp8_ahead, RACE, 90),
     Bug("attention_wait_depth", attention_fp8_ahead, RACE),
     Bug("attention_missing_barrier", attention_fp8_ahead, RACE),
     Bug("attention_head_stride", attention_groups, NUMBERS),

@@ -57,6 +57,12 @@ class ItemView {
     return p_.cap_log2 - __fdividef(2.0f * p_.cap_log2, 1.0f + ptx::exp2_approx(score * p_.cap_slope));
   }
 
+  // What the scores of an fp8 cache still need behind the cap, if there is one; > 0, because the -inf of a hidden key
+  // times 0 is NaN.
+  __device__ __forceinline__ float score_scale(float k_scale) const {
+    return p_.op.softcap > 0.0f ? p_.scale_log2 : fmaxf(p_.scale_log2 * k_scale, 1e-37f);
+  }
+
   __device__ __forceinline__ RowPlace place(int row) const {
     const uint32_t packed = tile().row_begin + row, q = divide(packed, p_.heads_per_kv);
     const uint32_t head = kv_head_ * p_.heads_per_kv.divisor + remainder(packed, q, p_.heads_per_kv);

@@ -169,18 +169,13 @@ class ItemWorker : private ItemView {
         rows.multiply_k(tile_slot(false), warp_key_, s);
         if (p_.op.softcap > 0.0f) cap_scores(s, k_scale);
         if (my_key + Shape::kWarpKeys > unmasked_end) hide_keys(s, dense_end, my_key);
-        rows.softmax(s, score_scale(k_scale));
+        rows.softmax(s, Shape::kConverts ? score_scale(k_scale) : p_.scale_log2);
       }
       end_step();
       begin_step(kDepth % 2 == 0, true);
       if (my_key < warp_end) rows.multiply_v(tile_slot(true), warp_key_);
       end_step();
     }
-  }
-
-  // What the scores still need behind the cap, if there is one; > 0, because the -inf of a hidden key times 0 is NaN.
-  __device__ __forceinline__ float score_scale(float k_scale) const {
-    return !Shape::kConverts || p_.op.softcap > 0.0f ? p_.scale_log2 : fmaxf(p_.scale_log2 * k_scale, 1e-37f);
   }
 
   __device__ __forceinline__ void cap_scores(float (&s)[Shape::kWarpKeys / 8][4], float k_scale) const {

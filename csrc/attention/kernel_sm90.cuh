@@ -150,13 +150,16 @@ class ItemConsumer : private ItemView {
     const int32_t dense_end =
         row_view(request_mask(p_.op, tile().request), q_row(tile_row(warp_row_ + lane_ % 16))).dense_end;
     const int32_t unmasked_end = min(key_end_, __shfl_sync(kFullMask, dense_end, 0));
+    float k_scale = 1.0f;
+    if constexpr (Shape::kConverts) k_scale = key_scale(p_.op, kv_head_);
     const auto scores_to_probabilities = [&](float (&shrink)[2]) {
       if (p_.op.softcap > 0.0f) {
 #pragma unroll
-        for (int i = 0; i < rows.kScores; ++i) rows.s[i] = cap_score(rows.s[i]);
+        for (int i = 0; i < rows.kScores; ++i)
+          rows.s[i] = cap_score(Shape::kConverts ? rows.s[i] * k_scale : rows.s[i]);
       }
       if (key + kHopperKeys > unmasked_end) hide_keys(rows.s, dense_end, key);
-      rows.softmax(p_.scale_log2, shrink);
+      rows.softmax(Shape::kConverts ? score_scale(k_scale) : p_.scale_log2, shrink);
     };
     const uint4* const q = sm_->q[warpgroup_][0];
     float shrink[2];
@@ -269,12 +272,12 @@ class ItemConsumer : private ItemView {
   const int lane_, warpgroup_, warp_row_;  // warp_row_: of the warpgroup's 64
 };
 
-template <class T, int kHeadDim, int kTileRows>
-__global__ void __launch_bounds__(HopperShape<kHeadDim, kTileRows>::kThreads,
-                                  HopperShape<kHeadDim, kTileRows>::kMinCtas)
+template <class T, int kHeadDim, int kTileRows, class Kv>
+__global__ void __launch_bounds__(HopperShape<kHeadDim, kTileRows, Kv>::kThreads,
+                                  HopperShape<kHeadDim, kTileRows, Kv>::kMinCtas)
     attention_wgmma_kernel(const __grid_constant__ HopperParams p) {
   if constexpr (ptx::kHasWgmma) {
-    typedef HopperShape<kHeadDim, kTileRows> Shape;
+    typedef HopperShape<kHeadDim, kTileRows, Kv> Shape;
     NLD_DYNAMIC_SMEM(typename Shape::Smem, sm);
     NLD_DEVICE_CHECK(plan_fits(*plan_view(p.mma.op.plan, p.mma.op.plan_shape.max_tiles).header, p.mma.op.plan_shape),
                      "the plan was made for these sizes");

@@ -11,8 +11,12 @@ namespace {
 
 typedef LaunchError WgmmaLauncher(const HopperParams&, void* stream);
 
-WgmmaLauncher* wgmma_launcher(DType dtype, int64_t head_dim) {
+WgmmaLauncher* wgmma_launcher(DType dtype, int64_t head_dim, bool is_fp8) {
   const bool is_bf16 = dtype == DType::kBF16;
+  if (is_fp8) {  // the instances that attention_mma_takes knows
+    if (!is_bf16) return nullptr;
+    return head_dim == 64 ? launch_wgmma<bf16, 64, e4m3> : head_dim == 128 ? launch_wgmma<bf16, 128, e4m3> : nullptr;
+  }
   switch (head_dim) {
     case 64:
       return is_bf16 ? launch_wgmma<bf16, 64> : launch_wgmma<f16, 64>;
@@ -57,20 +61,21 @@ LaunchError map_pages(ptx::TensorMap* map, const AttentionCudaParams& op, const 
 }  // namespace
 
 bool attention_wgmma_takes(const AttentionParams& p, int32_t tile_rows) {
-  return tile_rows >= 64 && !p.is_fp8 && attention_mma_takes(p) && wgmma_launcher(p.dtype, p.head_dim) != nullptr &&
+  return tile_rows >= 64 && attention_mma_takes(p) && wgmma_launcher(p.dtype, p.head_dim, p.is_fp8) != nullptr &&
          is_hopper();
 }
 
 LaunchError launch_attention_wgmma(const AttentionCudaParams& op, void* stream) {
   const bool reads_once =
       attention_reads_keys_once(op.total_q, op.batch, op.plan_shape.heads_per_kv, op.plan_shape.tile_rows);
-  HopperParams p = {mma_params(op), {}, {}, box_rows(op), reads_once ? ptx::L2Keep::kLeast : ptx::L2Keep::kNormally};
+  HopperParams p = {
+      mma_params(op), {}, {}, op.is_fp8 ? 0 : box_rows(op), reads_once ? ptx::L2Keep::kLeast : ptx::L2Keep::kNormally};
   // What has no map (a stride of 0, say) is gathered.
   if (p.box_rows > 0 &&
       (map_pages(&p.k_map, op, op.k, p.box_rows) != nullptr || map_pages(&p.v_map, op, op.v, p.box_rows) != nullptr)) {
     p.box_rows = 0;
   }
-  return wgmma_launcher(op.dtype, op.head_dim)(p, stream);
+  return wgmma_launcher(op.dtype, op.head_dim, op.is_fp8)(p, stream);
 }
 
 }  // namespace nld

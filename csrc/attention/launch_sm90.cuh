@@ -7,11 +7,11 @@
 
 namespace nld {
 
-template <class T, int kHeadDim, int kTileRows>
+template <class T, int kHeadDim, class Kv, int kTileRows>
 LaunchError launch_wgmma_rows(const HopperParams& p, void* stream) {
-  typedef HopperShape<kHeadDim, kTileRows> Shape;
+  typedef HopperShape<kHeadDim, kTileRows, Kv> Shape;
   constexpr int kSmemBytes = static_cast<int>(sizeof(typename Shape::Smem));
-  const auto kernel = attention_wgmma_kernel<T, kHeadDim, kTileRows>;
+  const auto kernel = attention_wgmma_kernel<T, kHeadDim, kTileRows, Kv>;
   if (const LaunchError error = allow_smem(kernel, kSmemBytes)) return error;
   const AttentionCudaParams& op = p.mma.op;
   const int64_t work = static_cast<int64_t>(op.plan_shape.max_items) * op.num_kv_heads;
@@ -20,10 +20,10 @@ LaunchError launch_wgmma_rows(const HopperParams& p, void* stream) {
   return launch_result();
 }
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, class Kv>
 LaunchError launch_wgmma(const HopperParams& p, void* stream) {
-  return p.mma.op.plan_shape.tile_rows == 128 ? launch_wgmma_rows<T, kHeadDim, 128>(p, stream)
-                                              : launch_wgmma_rows<T, kHeadDim, 64>(p, stream);
+  return p.mma.op.plan_shape.tile_rows == 128 ? launch_wgmma_rows<T, kHeadDim, Kv, 128>(p, stream)
+                                              : launch_wgmma_rows<T, kHeadDim, Kv, 64>(p, stream);
 }
 
 }  // namespace nld

@@ -1,5 +1,5 @@
 #include "attention/launch_sm90.cuh"
 
 namespace nld {
-template LaunchError launch_wgmma<bf16, 128>(const HopperParams&, void* stream);
+template LaunchError launch_wgmma<bf16, 128, bf16>(const HopperParams&, void* stream);
 }

@@ -3,6 +3,7 @@
 
 #include "attention/ring_sm90.cuh"
 #include "attention/rows.cuh"
+#include "attention/widen.cuh"
 
 namespace nld {
 
@@ -15,7 +16,8 @@ namespace nld {
 // become zero, because 0 * NaN is not; and tiles that reach past heads_begin, whose keys are not in the order of their
 // tokens (mask.h). Both land in the same swizzled rows and count on the same barrier: one arrival
 // per warp. A warp's cp.async arrivals are told kLag steps later, when they have landed and a proxy fence has made
-// them visible to wgmma; so kLag + 1 tiles are under way all the time.
+// them visible to wgmma; so kLag + 1 tiles are under way all the time. e4m3: always row by row, into a stage of codes;
+// when they have landed, each lane converts what it brought into the swizzled rows, and then tells.
 template <class Shape>
 class HopperLoader {
  public:
@@ -52,10 +54,12 @@ class HopperLoader {
 
   // The tile at `key` into the next slot.
   __device__ __forceinline__ void load(bool is_v, int32_t key) {
-    ptx::mbar_wait(&sm_->empty[now_.slot], now_.parity ^ 1);
+    if constexpr (!Shape::kConverts) ptx::mbar_wait(&sm_->empty[now_.slot], now_.parity ^ 1);
     const bool is_whole = key + kHopperKeys <= min(key_end_, heads_begin_) || NLD_BUG(attention_sm90_dirty_tail);
-    const bool gathers = p_.box_rows == 0 || !is_whole;
-    if (gathers) {
+    const bool gathers = Shape::kConverts || p_.box_rows == 0 || !is_whole;
+    if constexpr (Shape::kConverts) {
+      gather_codes(is_v, key);
+    } else if (gathers) {
       gather(is_v, key);
     } else {
       copy_boxes(is_v, key);
@@ -80,6 +84,10 @@ class HopperLoader {
  private:
   // Step kLag before this one has landed.
   __device__ __forceinline__ void tell(uint32_t was_gathered) {
+    if constexpr (Shape::kConverts) {
+      ptx::mbar_wait(&sm_->empty[told_.slot], told_.parity ^ 1);
+      convert();
+    }
     if (was_gathered != 0) {
       if (!NLD_BUG(attention_sm90_no_proxy_fence)) ptx::fence_proxy_async();
       __syncwarp();
@@ -90,6 +98,49 @@ class HopperLoader {
 
   __device__ __forceinline__ uint32_t place_in_page(uint32_t token) const {
     return remainder(token, divide(token, p_.mma.page_size), p_.mma.page_size);
+  }
+
+  // Of this lane's row in the pages of the head, in chunks. Worked out again for K and V: registers are scarce here.
+  __device__ __forceinline__ uint32_t place_of_lane(bool is_v, int32_t key) const {
+    const uint32_t in_page = place_in_page(key_token(p_.mma.op, request_, heads_begin_, key + first_row_ + lane_));
+    return is_v ? v_page_ * p_.mma.v_page_chunks + in_page * p_.mma.v_token_chunks
+                : k_page_ * p_.mma.k_page_chunks + in_page * p_.mma.k_token_chunks;
+  }
+
+  // Codes of the tile at `key` into the next stage; a lane brings what it will convert.
+  __device__ __forceinline__ void gather_codes(bool is_v, int32_t key) {
+    constexpr int kRowChunks = Shape::kHeadDim / 16, kRows = kWarpSize / kRowChunks;  // of a pass
+    const KvPages& cache = is_v ? p_.mma.op.v : p_.mma.op.k;
+    const uint4* const head =
+        reinterpret_cast<const uint4*>(static_cast<const e4m3*>(cache.data) + kv_head_ * cache.head_stride) +
+        lane_ % kRowChunks;
+    const uint32_t my_place = place_of_lane(is_v, key);
+#pragma unroll
+    for (int pass = 0; pass < kRowChunks; ++pass) {
+      const int row = pass * kRows + lane_ / kRowChunks;
+      const uint4* const source = head + __shfl_sync(kFullMask, my_place, row);
+      ptx::cp_async(&sm_->codes[coded_.slot][first_row_ * kRowChunks + pass * kWarpSize + lane_], source,
+                    key + first_row_ + row < key_end_ ? 16 : 0);
+    }
+    coded_.advance();
+  }
+
+  // The oldest stage into the slot that is told next. Lanes of the second half of a row write their second chunk first,
+  // so that eight lanes fall on all banks.
+  __device__ __forceinline__ void convert() {
+    constexpr int kRowChunks = Shape::kHeadDim / 16, kRows = kWarpSize / kRowChunks;
+    const int chunk = lane_ % kRowChunks, column = chunk / 4, in_column = chunk % 4 * 2;
+    const int first = chunk >= 4 ? 1 : 0;
+#pragma unroll 1
+    for (int pass = 0; pass < kRowChunks; ++pass) {
+      uint4 left, right;
+      widen_chunk(sm_->codes[converted_.slot][first_row_ * kRowChunks + pass * kWarpSize + lane_], left, right);
+      uint4* const target = sm_->slots[told_.slot][column];
+      const int row = first_row_ + pass * kRows + lane_ / kRowChunks;
+      target[Shape::at(row, in_column + first)] = first != 0 ? right : left;
+      target[Shape::at(row, in_column + 1 - first)] = first != 0 ? left : right;
+    }
+    converted_.advance();
   }
 
   __device__ __forceinline__ void copy_boxes(bool is_v, int32_t key) const {
@@ -117,14 +168,11 @@ class HopperLoader {
   }
 
   __device__ __forceinline__ void gather(bool is_v, int32_t key) const {
-    // Worked out again for K and V: registers are scarce here.
-    const uint32_t in_page = place_in_page(key_token(p_.mma.op, request_, heads_begin_, key + first_row_ + lane_));
     const KvPages& cache = is_v ? p_.mma.op.v : p_.mma.op.k;
     const int chunk = lane_ % 8;  // eight lanes copy 128 bytes of a row
     const uint4* const head =
         reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(cache.data) + kv_head_ * cache.head_stride) + chunk;
-    const uint32_t my_place = is_v ? v_page_ * p_.mma.v_page_chunks + in_page * p_.mma.v_token_chunks
-                                   : k_page_ * p_.mma.k_page_chunks + in_page * p_.mma.k_token_chunks;
+    const uint32_t my_place = place_of_lane(is_v, key);
 #pragma unroll
     for (int pass = 0; pass < 8; ++pass) {
       const int row = pass * 4 + lane_ / 8;
@@ -147,8 +195,9 @@ class HopperLoader {
   int32_t key_end_ = 0, heads_begin_ = 0;
   int32_t next_page_ = 0, k_page_ = 0, v_page_ = 0;  // where this lane's row lies, in three tiles
   RingPlace<Shape::kSlots> now_, told_;
-  uint32_t gathered_ = 0;  // bit i: whether the i'th last step was gathered
-  int steps_ = 0;          // not told yet, at most kLag
+  RingPlace<Shape::Stage::kStages> coded_, converted_;  // of codes: the next to bring, and to convert
+  uint32_t gathered_ = 0;                               // bit i: whether the i'th last step was gathered
+  int steps_ = 0;                                       // not told yet, at most kLag
 };
 
 }  // namespace nld

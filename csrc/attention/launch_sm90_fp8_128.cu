@@ -1,0 +1,5 @@
+#include "attention/launch_sm90.cuh"
+
+namespace nld {
+template LaunchError launch_wgmma<bf16, 128, e4m3>(const HopperParams&, void* stream);
+}
