@@ -132,8 +132,7 @@ def kernel_of(gpu: Gpu, cell: grid.Attention, tile_rows: int) -> Kernel:
     """The kernel that block_attention picks (csrc/attention/op.cpp)."""
     if cell.dtype == "float32":
         return SIMT
-    is_fp8 = cell.kv_dtype != cell.dtype
-    return SM90 if gpu.wgmma_tflops > 0 and tile_rows >= 64 and not is_fp8 else SM80
+    return SM90 if gpu.wgmma_tflops > 0 and tile_rows >= 64 else SM80
 
 
 # ---- attention -------------------------------------------------------------------------------
