@@ -126,6 +126,19 @@ LaunchError allow_smem(Kernel kernel, int smem_bytes) {
 #endif
 }
 
+// Clusters of more than 8 CTAs must be asked for, too.
+template <class Kernel>
+LaunchError allow_wide_cluster(Kernel kernel) {
+#if NLD_ON_DEVICE
+  const cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+#else
+  static_cast<void>(kernel);
+  return nullptr;
+#endif
+}
+
 // CTAs of a kernel that one SM of the current device holds at once.
 template <class Kernel>
 int resident_ctas(Kernel kernel, int num_threads, int smem_bytes) {

@@ -235,6 +235,15 @@ PTX_FN void cluster_arrive(PTX_LOC_ONLY_) {
   ::emu::cluster_arrive(loc);
 #endif
 }
+// The same without making writes visible (they cost a fence of the whole GPU): tells that this CTA has started, and
+// mbarriers that went through mbar_init_fence().
+PTX_FN void cluster_arrive_relaxed(PTX_LOC_ONLY_) {
+#if NLD_ON_DEVICE
+  NLD_ASM_SM90("barrier.cluster.arrive.relaxed.aligned;" :: : "memory");
+#else
+  ::emu::cluster_arrive(loc, false);
+#endif
+}
 PTX_FN void cluster_wait(PTX_LOC_ONLY_) {
 #if NLD_ON_DEVICE
   NLD_ASM_SM90("barrier.cluster.wait.acquire.aligned;" :: : "memory");
@@ -300,6 +309,20 @@ PTX_FN void store_to_rank(uint32_t* p, uint32_t value, int rank) {
   }
 #else
   *static_cast<uint32_t*>(::emu::map_rank(p, static_cast<unsigned>(rank))) = value;
+#endif
+}
+
+// Writes 16 bytes to *p of CTA `rank`, some time later: they count as bytes on *bar of that CTA, whose threads may read
+// them after mbar_wait<kCluster>. No fence, no arrival; that CTA announces the bytes (mbar_arrive_expect_tx).
+PTX_FN void store_async_to_rank(void* p, uint4 value, uint64_t* bar, int rank PTX_LOC_) {
+#if NLD_ON_DEVICE
+  NLD_ASM_SM90(
+      "{\n.reg .b32 there, on;\nmapa.shared::cluster.u32 there, %0, %6;\nmapa.shared::cluster.u32 on, %1, %6;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [there], {%2, %3, %4, %5}, [on];\n}" ::"r"(
+          smem_u32(p)),
+      "r"(smem_u32(bar)), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(rank) : "memory");
+#else
+  ::emu::store_async(p, &value, bar, static_cast<unsigned>(rank), loc);
 #endif
 }
 

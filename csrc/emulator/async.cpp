@@ -81,7 +81,9 @@ MBar& find(uint64_t* p, Loc loc) {
   const auto it = group().mbars.find(p);
   if (it == group().mbars.end()) fail("mbarrier used before mbarrier.init", loc);
   if (*p != mark(p)) fail("mbarrier: its memory was overwritten", loc);
-  note_read(p, sizeof *p, loc);  // every use comes after the initialisation
+  // Every use comes after the initialisation. Of another CTA's barrier its mbar_init_fence, and a barrier of the
+  // cluster without release or acquire, are enough for that.
+  if (in_own_smem(p, sizeof *p) || !it->second.fenced) note_read(p, sizeof *p, loc);
   return it->second;
 }
 
@@ -200,7 +202,8 @@ void for_each_run(const TensorMap& m, const int* at, F f) {
 void issue(BulkOp op, Loc loc) {
   MBar& b = find(op.bar, loc);
   if (!b.fenced) fail("mbarrier used by the copy engine without mbar_init_fence", loc);
-  if (!in_own_smem(op.dst, op.bytes)) fail("bulk copy: destination outside the block's shared memory", loc);
+  if (!op.has_value && !in_own_smem(op.dst, op.bytes))
+    fail("bulk copy: destination outside the block's shared memory", loc);
   if (race::enabled) {
     race::access(race::AsyncIssue, op.dst, op.bytes, op.where);
     race::release(self(), op.clock);
@@ -216,8 +219,8 @@ void land_bulk(size_t i) {
   Group& g = group();
   BulkOp op = std::move(g.bulk[i]);
   g.bulk.erase(g.bulk.begin() + static_cast<std::ptrdiff_t>(i));
-  if (op.src) {
-    std::memcpy(op.dst, op.src, op.bytes);
+  if (op.src || op.has_value) {
+    std::memcpy(op.dst, op.has_value ? op.value : op.src, op.bytes);
   } else {
     for_each_run(op.map, op.at, [&](size_t offset, const unsigned char* from, size_t n) {
       auto* to = reinterpret_cast<void*>(swizzled(reinterpret_cast<uintptr_t>(op.dst) + offset, op.map.swizzle_bytes));
@@ -239,8 +242,27 @@ void bulk_load(void* dst, const void* src, unsigned bytes, uint64_t* bar, Loc lo
   if (!aligned(dst, 16) || !aligned(src, 16) || bytes % 16 || !bytes) {
     fail("cp.async.bulk: addresses and size must be multiples of 16 bytes", loc);
   }
-  BulkOp op{static_cast<unsigned char*>(dst), src, {}, {}, bytes, bar, self(), {}, pack_where(loc)};
+  BulkOp op{};
+  op.dst = static_cast<unsigned char*>(dst);
+  op.src = src;
+  op.bytes = bytes;
+  op.bar = bar;
+  op.issuer = self();
+  op.where = pack_where(loc);
   if (race::enabled) race::access(race::Read, src, bytes, op.where);
+  issue(std::move(op), loc);
+}
+
+void store_async(void* dst, const void* value, uint64_t* bar, unsigned rank, Loc loc) {
+  if (!aligned(dst, 16)) fail("st.async: destination not aligned to 16 bytes", loc);
+  BulkOp op{};
+  op.dst = static_cast<unsigned char*>(map_rank(dst, rank));
+  op.bar = static_cast<uint64_t*>(map_rank(bar, rank));
+  op.bytes = sizeof op.value;
+  op.has_value = true;
+  std::memcpy(op.value, value, op.bytes);
+  op.issuer = self();
+  op.where = pack_where(loc);
   issue(std::move(op), loc);
 }
 
@@ -250,7 +272,13 @@ void tma_load(void* dst, const TensorMap* map, const int* at, int rank, uint64_t
   if (!aligned(dst, span ? 8 * span : 128)) fail("TMA: shared destination not aligned for its swizzle", loc);
   size_t bytes = map->elem_bytes;
   for (int i = 0; i < rank; ++i) bytes *= map->box[i];
-  BulkOp op{static_cast<unsigned char*>(dst), nullptr, *map, {}, bytes, bar, self(), {}, pack_where(loc)};
+  BulkOp op{};
+  op.dst = static_cast<unsigned char*>(dst);
+  op.map = *map;
+  op.bytes = bytes;
+  op.bar = bar;
+  op.issuer = self();
+  op.where = pack_where(loc);
   std::copy(at, at + rank, op.at);
   if (race::enabled) {
     for_each_run(*map, at, [&](size_t, const unsigned char* from, size_t n) {

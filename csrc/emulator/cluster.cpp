@@ -5,13 +5,13 @@ namespace emu {
 
 unsigned cluster_size() { return static_cast<unsigned>(cta().cluster->ctas.size()); }
 
-void cluster_arrive(Loc loc) {
+void cluster_arrive(Loc loc, bool releases) {
   Thread* me = self();
   Cluster& cluster = *cta().cluster;
   auto& b = cluster.barrier;
   if (me->cluster_arrived) fail("barrier.cluster: arrived twice without waiting", loc);
   me->cluster_arrived = true;
-  race::release(me, b.next);
+  if (releases) race::release(me, b.next);
   if (++b.arrived < cluster.threads.size()) return;
   b.arrived = 0;
   b.phase ^= 1;
@@ -28,6 +28,7 @@ void cluster_wait(Loc loc) {
     block_on("barrier.cluster.wait", loc);
   }
   me->cluster_arrived = false;
+  me->knows_cluster_runs = true;
   me->cluster_phase = b.phase;
   race::acquire(me, b.done);
 }
@@ -40,6 +41,8 @@ void* map_rank(void* p, unsigned rank) {
   const Block* own = self()->block;
   if (byte < own->smem || byte >= own->smem + own->smem_bytes)
     fail("mapa: not an address of the CTA's own shared memory", loc);
+  if (ctas[rank] != cta().cluster->ctas[own->rank] && !self()->knows_cluster_runs)
+    fail("mapa: that CTA may not have started: every thread waits for a barrier of the cluster first", loc);
   bool is_running = false;
   for (const Thread* t : cta().cluster->threads)
     is_running |= t->block == ctas[rank] && t->status != Thread::Status::Exited;

@@ -165,11 +165,13 @@ struct TensorMap {  // host twin of a CUtensorMap; dimension 0 is the innermost 
   unsigned swizzle_bytes = 0;  // 0, 32, 64 or 128
 };
 void bulk_load(void* dst, const void* src, unsigned bytes, uint64_t* bar, Loc loc);
+void store_async(void* dst, const void* value, uint64_t* bar, unsigned rank,
+                 Loc loc);  // 16 bytes to a CTA of the cluster
 void tma_load(void* dst, const TensorMap* map, const int* at, int rank, uint64_t* bar, Loc loc);
 
 // ---- clusters (cluster.cpp) -----------------------------------------------------------------------------------------
 unsigned cluster_size();
-void cluster_arrive(Loc loc);
+void cluster_arrive(Loc loc, bool releases = true);
 void cluster_wait(Loc loc);
 void* map_rank(void* p, unsigned rank);  // the same place in the shared memory of another CTA
 

@@ -50,6 +50,7 @@ struct Thread : Fiber {
   std::deque<std::vector<CopyOp>> copy_groups;
 
   std::vector<uint64_t*> unfenced_mbars;  // initialised, not yet visible to the copy engine and other CTAs
+  bool knows_cluster_runs = false;        // all of its CTAs have started: has waited for a barrier of the cluster
   bool cluster_arrived = false;           // at the cluster's barrier, and has not waited yet
   unsigned cluster_phase = 0;             // of that barrier, the next to arrive in
 
@@ -97,6 +98,8 @@ struct MBar {
 
 struct BulkOp {  // a copy that the engine has not made yet
   unsigned char* dst;
+  bool has_value = false;  // `value` is what is written; else
+  unsigned char value[16] = {};
   const void* src;  // contiguous `bytes`, or null: the box of `map` at `at`
   TensorMap map;
   int at[5];

@@ -176,9 +176,17 @@ inline void misuse_cluster() {
       "race: read not ordered after write|never written", 32, kMisuseSmem,
       [] {
         MisuseSmem* sm = misuse_smem();
+        ptx::cluster_arrive_relaxed();
         sm->value[threadIdx.x] = 1;
-        __syncthreads();
+        ptx::cluster_wait();
         use(*ptx::map_to_rank(&sm->value[threadIdx.x], 1 - ptx::cluster_rank()));
+        ptx::cluster_sync();
+      },
+      2);
+  expect_report(
+      "may not have started", 32, kMisuseSmem,
+      [] {
+        use(*ptx::map_to_rank(&misuse_smem()->value[threadIdx.x], 1 - ptx::cluster_rank()));
         ptx::cluster_sync();
       },
       2);

@@ -229,11 +229,12 @@ inline void test_tma() {
 
 struct ClusterSmem {
   uint32_t mine[32], from_others[4];
-  uint64_t bar;
+  uint64_t bar, mail_bar;
   uint32_t message;
+  uint4 mail[4];
 };
 // Every CTA publishes 32 words, reads those of its right neighbour in three ways, writes a word into every CTA of the
-// cluster, and passes a message to the left under an mbarrier.
+// cluster, passes a message to the left under an mbarrier, and sends 16 bytes to every CTA.
 __global__ void cluster_kernel(int* ranks, uint32_t* out) {
   NLD_DYNAMIC_SMEM(ClusterSmem, sm);
   const int i = threadIdx.x, rank = ptx::cluster_rank(), size = ptx::cluster_size();
@@ -242,8 +243,11 @@ __global__ void cluster_kernel(int* ranks, uint32_t* out) {
   if (i == 0) {
     ranks[blockIdx.x] = rank * 100 + size;
     ptx::mbar_init(&sm->bar, 1);
+    ptx::mbar_init(&sm->mail_bar, 1);
     ptx::mbar_init_fence();
   }
+  ptx::cluster_arrive_relaxed();  // all have started; says nothing about what they wrote
+  ptx::cluster_wait();
   sm->mine[i] = seed + i;
   ptx::cluster_arrive();
   const uint32_t own = seed + i;  // work that needs nobody
@@ -258,6 +262,11 @@ __global__ void cluster_kernel(int* ranks, uint32_t* out) {
   }
   ptx::mbar_wait<ptx::Scope::kCluster>(&sm->bar, 0);
   row[64 + i] = sm->message;
+  if (i == 0) ptx::mbar_arrive_expect_tx(&sm->mail_bar, 16 * size);
+  if (i < size)
+    ptx::store_async_to_rank(&sm->mail[rank], make_uint4(seed, seed + 1, seed + 2, seed + 3), &sm->mail_bar, i);
+  ptx::mbar_wait<ptx::Scope::kCluster>(&sm->mail_bar, 0);
+  if (i < 4 * size) row[112 + i] = reinterpret_cast<const uint32_t*>(sm->mail)[i];
   ptx::cluster_sync();
   if (i < size) row[96 + i] = sm->from_others[i];
 }
@@ -281,6 +290,9 @@ inline void test_cluster() {
       }
       for (int i = 0; i < size; ++i) {
         expect(row(96 + i) == (first + i) * 1000 + 7, "size %d, CTA %d: stored %d", size, cta, row(96 + i));
+        for (int w = 0; w < 4; ++w)
+          expect(row(112 + 4 * i + w) == (first + i) * 1000 + w, "size %d, CTA %d: sent %d", size, cta,
+                 row(112 + 4 * i + w));
       }
     }
   }
