@@ -188,7 +188,7 @@ def problems_of(code: Code, name: str, rules: Sequence[Rule] = RULES) -> Iterato
         yield f"{name}: must match one rule of kernel_rules.py, got {len(matching)}"
         return
     rule = matching[0]
-    if rule.only not in (None, code.arch):
+    if rule.only and code.arch not in rule.only:
         return
     for pattern, least in rule.instructions.items():
         if (found := count(code.opcodes, pattern)) < least:

@@ -48,8 +48,8 @@ class Rule:
         instructions: least number of instructions, by regular expression of the opcode.
         forbidden: opcodes that must not appear.
         schedule: regular expression of what must follow what (check_kernels.SCHEDULED).
-        only: the one architecture whose instructions the kernel is made of; elsewhere it is an
-            empty shell that is never launched.
+        only: the architectures whose instructions the kernel is made of (default: all); elsewhere
+            it is an empty shell that is never launched.
         dynamic_smem: bytes of dynamic shared memory of a launch, or a function of the short name.
     """
 
@@ -58,7 +58,7 @@ class Rule:
     instructions: Mapping[str, int] = field(default_factory=dict)
     forbidden: Sequence[str] = ()
     schedule: str | None = None
-    only: str | None = None
+    only: Sequence[str] = ()
     dynamic_smem: int | Callable[[str], int] = 0
 
     def smem_bytes(self, name: str) -> int:
@@ -89,6 +89,8 @@ def arguments(name: str) -> list[str]:
 LOAD_16 = r"LDG\.E\.(?:\w+\.)*128"
 STORE_16 = r"STG\.E\.(?:\w+\.)*128"
 WIDEN = r"H(FMA|MUL)2\.(?:\w+\.)*BF16"
+CLUSTERS = ("sm_90a", "sm_100a", "sm_120")
+STORE_TO_CLUSTER = r"STAS\b"
 CP_ASYNC_16 = r"LDGSTS\.E\.(?:\w+\.)*128"
 
 
@@ -180,9 +182,46 @@ RULES: list[Rule] = [
         instructions={LOAD_16: 8},
     ),
     Rule(
-        r"verify_residual_kernel<\w+>",  # loads logits and draft probabilities
+        r"verify_residual_kernel<b?f16>",  # draft probabilities wait in shared memory
+        min_ctas={"all": 3, "sm_120": 2},
+        instructions={LOAD_16: 4, CP_ASYNC_16: 8},
+        dynamic_smem=34 * KIB,
+    ),
+    Rule(
+        r"verify_residual_kernel<float>",
         min_ctas={"all": 2},
-        instructions={LOAD_16: 12},
+        instructions={LOAD_16: 8, CP_ASYNC_16: 8},
+        dynamic_smem=34 * KIB,
+    ),
+    # The same with clusters: 16 bytes at a time go to other CTAs, without a fence of the whole GPU
+    # but for the ticket's.
+    Rule(
+        r"verify_cluster_kernel<b?f16, false>",
+        min_ctas={"all": 4, "sm_120": 2},
+        instructions={LOAD_16: 4, STORE_TO_CLUSTER: 1},
+        only=CLUSTERS,
+        dynamic_smem=2 * KIB,
+    ),
+    Rule(
+        r"verify_cluster_kernel<float, false>",
+        min_ctas={"all": 3, "sm_120": 2},
+        instructions={LOAD_16: 8, STORE_TO_CLUSTER: 1},
+        only=CLUSTERS,
+        dynamic_smem=2 * KIB,
+    ),
+    Rule(
+        r"verify_cluster_kernel<b?f16, true>",
+        min_ctas={"all": 3, "sm_120": 2},
+        instructions={LOAD_16: 4 + 4, CP_ASYNC_16: 8, STORE_TO_CLUSTER: 3},
+        only=CLUSTERS,
+        dynamic_smem=34 * KIB,
+    ),
+    Rule(
+        r"verify_cluster_kernel<float, true>",
+        min_ctas={"all": 2},
+        instructions={LOAD_16: 8 + 8, CP_ASYNC_16: 8, STORE_TO_CLUSTER: 3},
+        only=CLUSTERS,
+        dynamic_smem=34 * KIB,
     ),
     # ---- attention on tensor cores: two CTAs a multiprocessor where a warp's 16 rows allow it; 128
     # rows are 8 warps of one CTA. LDSM and HMMA of one tile of 64 keys (16-row tiles: of 16 keys).
@@ -239,7 +278,7 @@ RULES: list[Rule] = [
         },
         dynamic_smem=attention_wgmma_smem,
         schedule=WGMMA_OVERLAP,
-        only="sm_90a",
+        only=("sm_90a",),
     ),
     Rule(
         r"attention_wgmma_kernel<(\w+), \d+, 64, \1>",
@@ -253,7 +292,7 @@ RULES: list[Rule] = [
         },
         dynamic_smem=attention_wgmma_smem,
         schedule=WGMMA_OVERLAP,
-        only="sm_90a",
+        only=("sm_90a",),
     ),
     # Of fp8 caches: no copy engine; 16-byte copies of codes, products that widen them.
     Rule(

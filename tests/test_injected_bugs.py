@@ -4,7 +4,8 @@ A row names the switch, a test body that passes without it, and what must become
   NUMBERS   wrong results, in the plain library;
   RACE      a report of the race checker (missing barriers and fences, reads of what nobody wrote);
   DEADLOCK  threads that wait for each other, or meet at two different barriers;
-  CHECK     an NLD_DEVICE_CHECK.
+  CHECK     an NLD_DEVICE_CHECK;
+  CLUSTER   use of a CTA's shared memory before that CTA has started.
 A race is reported whatever the schedule of the run was; in numbers it may not show.
 """
 
@@ -52,6 +53,7 @@ RACE = How(
 )
 DEADLOCK = How("deadlock", "plain", RuntimeError, "deadlock|divergent")
 CHECK = How("check", "plain", RuntimeError, "must hold: ")
+CLUSTER = How("cluster", "plain", RuntimeError, "may not have started")
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,15 @@ def verify(b: Backend) -> None:
     test_verify.check(test_verify.make([3, 4, 5], 8200, modes))
 
 
+def verify_refusals(b: Backend) -> None:
+    test_verify.check(test_verify.make([3, 4, 5], 8200, [test_verify.REJECTION] * 3))
+
+
+def verify_plain_steps(b: Backend) -> None:
+    modes = [test_verify.SAMPLED, test_verify.GREEDY]
+    test_verify.check(test_verify.make([1, 1], 8200, modes, draft_probs=False, spare=0))
+
+
 def verify_certain_drafts(b: Backend) -> None:
     modes = [test_verify.REJECTION] * 20
     test_verify.check(test_verify.make([2] * 20, 3, modes, draft_probs=False))
@@ -254,6 +265,16 @@ BUGS = [
     Bug("verify_accepts_too_few", verify, NUMBERS),
     Bug("verify_rolls_back_too_few", verify, NUMBERS),
     Bug("verify_residual_keeps_draft", verify_certain_drafts, NUMBERS),
+    Bug("verify_probs_no_wait", verify_refusals, RACE),
+    Bug("verify_probs_no_wait", verify_refusals, RACE, gpu=90),
+    Bug("verify_no_barrier", verify_plain_steps, RACE, gpu=90),
+    Bug("verify_cluster_sends_early", verify_plain_steps, CLUSTER, gpu=90),
+    Bug("verify_cluster_no_wait", verify_plain_steps, RACE, gpu=90),
+    Bug("verify_cluster_lost_part", verify_plain_steps, RACE, gpu=90),
+    Bug("verify_cluster_task_early", verify_refusals, RACE, gpu=90),
+    Bug("ticket_no_release", verify_refusals, RACE, gpu=90),
+    Bug("ticket_no_acquire", verify_refusals, RACE, gpu=90),
+    Bug("ticket_not_reset", verify_with_tickets, NUMBERS, gpu=90),
 ]
 
 

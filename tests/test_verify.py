@@ -67,11 +67,12 @@ def make(
     agreement: float = 0.8,
     draft_probs: bool = True,
     sharpness: float = 2.0,
+    spare: int = 3,
 ) -> Arguments:
-    """Random requests whose drafts mostly agree with what their mode would draw."""
+    """Random requests whose drafts mostly agree with what their mode would draw, and `spare` rows
+    that belong to nobody."""
     batch, rows = len(counts), sum(counts)
     cu_seqlens = torch.tensor([0, *counts]).cumsum(0).int()
-    spare = 3  # rows that belong to nobody
     logits = (torch.randn(rows + spare, vocab + 5) * sharpness).to(dtype)[:, :vocab]
     logits[rows:] = torch.nan
     starts = torch.randint(0, 3000, (batch,))
@@ -113,6 +114,10 @@ def make(
     }
 
 
+# Below and above 9.0 the emulated kernels differ.
+GPUS = pytest.mark.gpus(80, 90)
+
+
 @dataclass(frozen=True)
 class Case:
     counts: tuple[int, ...]
@@ -135,6 +140,7 @@ CASES = [
 ]
 
 
+@GPUS
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_random_batches(case: Case, backend) -> None:
     for trial in range(1 if case.vocab > 10000 else 4):
@@ -157,6 +163,7 @@ def test_random_batches(case: Case, backend) -> None:
         check(args, backend.device)
 
 
+@GPUS
 def test_long_requests(backend) -> None:
     """The walk over more rows than a warp has lanes, ended at every place around that number."""
     counts = [33, 34, 65, 32, 31, 70, 1, 64]
@@ -176,12 +183,14 @@ def test_long_requests(backend) -> None:
         assert result["num_accepted"].tolist() == kept
 
 
+@GPUS
 def test_many_requests(backend) -> None:
     """More requests than a CTA has threads."""
     counts = [b % 3 for b in range(300)]
     check(make(counts, 4, [b % 4 for b in range(300)]), backend.device)
 
 
+@GPUS
 def test_tickets_are_zero_again(backend) -> None:
     """The scratch memory serves one call after the other, in any order of the threads."""
     counts = [3, 0, 5, 1, 2, 4]
@@ -199,6 +208,45 @@ def test_tickets_are_zero_again(backend) -> None:
         assert not tickets.any()
 
 
+@GPUS
+@pytest.mark.parametrize("heated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_plain_steps(dtype: torch.dtype, heated: bool, backend) -> None:
+    """Mostly one row a request, as in autoregressive decoding."""
+    counts = [1, 0, 2, 1, 1, 1, 0, 2, 1]
+    modes = [GREEDY, SAMPLED, SAMPLED, REJECTION, COMMIT, GREEDY, GREEDY, COMMIT, SAMPLED]
+    for vocab in (70, 8192 + 77):
+        args = make(counts, vocab, modes, dtype=dtype, draft_probs=False, spare=0)
+        assert len(args["logits"]) == len(counts)  # what chooses the kernel
+        if not heated:
+            args["temperature"] = args["seed"] = None
+        args["done"][4] = True
+        args["eos_token_ids"] = torch.randint(-1, vocab, (9, 2))
+        args["force_positions"] = torch.full((9,), -1, dtype=torch.int32)
+        args["force_positions"][[0, 2]] = args["positions"][[0, 2]] + 1
+        args["force_tokens"] = torch.randint(0, vocab, (9,))
+        check(args, backend.device)
+
+
+@pytest.mark.parametrize("probs", [False, True])
+@pytest.mark.backends("emulated")
+def test_clusters_and_tickets_give_the_same_bits(probs: bool, backend) -> None:
+    """Two rounds of slices (17 slices in clusters of 9); a residual that hangs on the last bit."""
+    counts = [2, 1] if probs else [1, 1]
+    args = make(counts, 16 * 8192 + 5, [REJECTION, SAMPLED], dtype=torch.bfloat16, spare=0)
+    args["temperature"][:] = 1.3
+    args["draft_probs"] = args["draft_probs"] if probs else None
+    results = []
+    for capability in (80, 90):
+        actual = clone(args, "cpu")
+        with emulated.load().gpu(capability):
+            call(ops.verify_, actual)
+        results.append(actual)
+    for name in (*MUTATED[:-1], *COUNTS):
+        assert_equal(results[0][name], results[1][name], name)
+
+
+@GPUS
 def test_odd_logits(backend) -> None:
     """NaN, infinities and rows without any finite allowed logit, in every mode."""
     for banned in (None, torch.tensor([0, 4])):
@@ -223,6 +271,7 @@ def test_odd_logits(backend) -> None:
     assert done["out_tokens"][0, int(args["out_lens"][0])] == 0
 
 
+@GPUS
 def test_drafts_outside_the_vocabulary(backend) -> None:
     for token in (-1, 9, 2**40, -(2**63), -(2**63) + 1):
         args = make([3] * 8, 9, [0, 1, 2, 3] * 2, draft_probs=token == 9)
@@ -329,6 +378,7 @@ WORKED = [
 ]  # fmt: skip
 
 
+@GPUS
 @pytest.mark.parametrize("worked", WORKED, ids=lambda w: w.name)
 def test_worked(worked: Worked, backend) -> None:
     """The op and the reference both give what the contract's text says."""
@@ -350,6 +400,7 @@ def test_worked(worked: Worked, backend) -> None:
             assert int(args["force_positions"]) == worked.force_left
 
 
+@GPUS
 def test_forced_row_in_rejection_mode(backend) -> None:
     """Force is certain in every mode, and its row is not even read."""
     for mode in (GREEDY, SAMPLED, REJECTION):
@@ -361,6 +412,7 @@ def test_forced_row_in_rejection_mode(backend) -> None:
         assert result["out_tokens"][0, 2:5].tolist() == [2, 5, 4]
 
 
+@GPUS
 def test_done_and_empty_requests_stay_as_they_are(backend) -> None:
     args = make([3, 0, 3], 11, [REJECTION, SAMPLED, COMMIT])
     args["done"] = torch.tensor([True, False, True])
@@ -375,12 +427,14 @@ def test_empty_batch() -> None:
     check(args)
 
 
+@GPUS
 def test_rows_after_a_rejection_do_not_matter(backend) -> None:
     args = request([2, 3, 4], [2, 8, 4, 5])
     args["logits"][2:] = torch.nan
     assert check(args, backend.device)["num_emitted"] == 2
 
 
+@GPUS
 def test_ties_go_to_the_lowest_id(backend) -> None:
     args = request([4, 7], [4, 7, 3])
     args["logits"][0] = 0.0
@@ -392,6 +446,7 @@ def test_ties_go_to_the_lowest_id(backend) -> None:
 # ---- invariance --------------------------------------------------------------------------------
 
 
+@GPUS
 def test_result_depends_on_the_request_only(backend) -> None:
     """At another batch position, row offset and output position the request ends the same."""
     together = make([6, 3, 9, 1, 5, 6, 2, 8], 500, [1, 2, 3, 1, 0, 2, 1, 2], capacity=30)
@@ -411,6 +466,7 @@ def test_result_depends_on_the_request_only(backend) -> None:
             assert_equal(alone[name][0], whole[name][b], f"{name} of request {b}")
 
 
+@GPUS
 def test_sampled_verification_equals_plain_sampled_steps(backend) -> None:
     """Whatever is drafted, the emitted tokens are those n = 1 calls draw at the same places."""
     vocab, n, batch = 40, 6, 16
@@ -452,8 +508,9 @@ def test_bits_do_not_depend_on_the_thread_count() -> None:
 # ---- traffic of the CUDA kernels ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_traffic(dtype: torch.dtype, traffic) -> None:
+def test_traffic(dtype: torch.dtype, capability: int, traffic) -> None:
     """Every row that can matter is read once; the others, and requests that are done, never."""
     vocab = 8192 + 27  # rows at multiples of 16 bytes, with an odd end
     modes = [GREEDY, SAMPLED, COMMIT, GREEDY, SAMPLED, COMMIT]
@@ -466,13 +523,14 @@ def test_traffic(dtype: torch.dtype, traffic) -> None:
     rows = 2 + 2 + 1  # two of request 0, two of request 1, the bonus row of request 2
     for name, read in (("logits", rows * vocab * dtype.itemsize), ("draft_probs", 0)):
         step = clone(args, "cpu")
-        with traffic(step[name]) as counted:
+        with emulated.load("checked").gpu(capability), traffic(step[name]) as counted:
             call(ops.verify_, step)
         assert (counted.read_bytes, counted.written_bytes) == (read, 0), name
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("certain", [False, True])
-def test_traffic_of_rejection(certain: bool, traffic) -> None:
+def test_traffic_of_rejection(certain: bool, capability: int, traffic) -> None:
     """A refused draft costs one more row of logits and of probabilities, unless it was certain."""
     vocab, counts = 8192 + 27, [3, 2, 1]
     args = make(counts, vocab, [REJECTION] * 3, draft_probs=not certain)
@@ -480,7 +538,8 @@ def test_traffic_of_rejection(certain: bool, traffic) -> None:
     args["block_tokens"][[1, 4]] = torch.tensor([7, 9])
     args["logits"][0, 7] = args["logits"][3, 9] = -torch.inf  # so both requests refuse
     step = clone(args, "cpu")
-    with traffic(step["logits"]) as counted:
+    gpu = emulated.load("checked").gpu
+    with gpu(capability), traffic(step["logits"]) as counted:
         call(ops.verify_, step)
     drafts = sum(counts) - len(counts)  # the logit of each is looked up
     refused = 0 if certain else 2
@@ -488,7 +547,7 @@ def test_traffic_of_rejection(certain: bool, traffic) -> None:
     assert counted.read_bytes == ((sum(counts) + refused) * vocab + drafts) * 4
     if not certain:
         step = clone(args, "cpu")
-        with traffic(step["draft_probs"]) as counted:
+        with gpu(capability), traffic(step["draft_probs"]) as counted:
             call(ops.verify_, step)
         assert counted.read_bytes == (refused * vocab + drafts) * 4
 

@@ -111,6 +111,7 @@ VerifyParams verify_params(const Tensor& logits, const Tensor& block_tokens, con
           .num_accepted = ptr<int32_t>(num_accepted),
           .tickets = ptr<int32_t>(tickets),
           .parts = nullptr,
+          .verdicts = nullptr,
           .residual = nullptr};
 }
 
@@ -250,6 +251,7 @@ void verify_cuda(Tensor logits, Tensor block_tokens, Tensor cu_seqlens, Tensor v
   const int64_t task_bytes = weighs_drafts ? p.batch * static_cast<int64_t>(sizeof(ResidualTask)) : 0;
   const Tensor workspace = torch::stable::new_empty(logits, {part_bytes + task_bytes}, ScalarType::Byte);
   p.parts = static_cast<VerifyPart*>(workspace.data_ptr());
+  p.verdicts = static_cast<RowVerdict*>(workspace.data_ptr());
   if (weighs_drafts) p.residual = reinterpret_cast<ResidualTask*>(ptr<char>(workspace) + part_bytes);
   std::optional<Tensor> own_tickets;
   if (!tickets) {

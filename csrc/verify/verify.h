@@ -39,6 +39,7 @@ struct VerifyParams {
   // Workspace of the CUDA path, at addresses that are multiples of 16.
   int32_t* tickets;               // [batch]; zeros, before and after
   struct VerifyPart* parts;       // [rows, verify_slices(vocab)]
+  struct RowVerdict* verdicts;    // [rows], in the place of parts: whoever needs these needs no parts
   struct ResidualTask* residual;  // [batch]; null without draft_probs
 };
 
@@ -57,9 +58,18 @@ struct alignas(16) ResidualTask {
   int32_t unused;
 };
 
+// CUDA: what a row says once it is judged.
+struct alignas(16) RowVerdict {
+  int64_t value;   // see accept.h
+  float max, sum;  // softmax sums of the row, for a residual
+};
+
 int64_t verify_slices(int64_t vocab);
+// CTAs of a cluster that takes a row on a GPU of that compute capability (10 * major + minor); 0: the portable way.
+int verify_cluster_size(const VerifyParams&, int capability);
 // On the given cudaStream_t; null, or why the launch failed.
 const char* launch_verify(const VerifyParams&, void* stream);
+const char* launch_verify_cluster(const VerifyParams&, int cluster, void* stream);
 
 // CPU: what one slice of a row's vocabulary says; the parts of a row are merged in order.
 struct RowPart {
