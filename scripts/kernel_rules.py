@@ -306,7 +306,7 @@ RULES: list[Rule] = [
             "USETMAXREG": 2,
         },
         dynamic_smem=attention_wgmma_smem,
-        only="sm_90a",
+        only=("sm_90a",),
     ),
     Rule(
         r"attention_wgmma_kernel<bf16, \d+, 64, e4m3>",
@@ -319,7 +319,7 @@ RULES: list[Rule] = [
             "USETMAXREG": 2,
         },
         dynamic_smem=attention_wgmma_smem,
-        only="sm_90a",
+        only=("sm_90a",),
     ),
     # ---- attention around them. Combine is latency-bound: 8 partial rows a warp on their way. The
     # general kernel holds 16 + 32 rows of float32 in shared memory, of at most 64, 128, 512 dims.
