@@ -86,7 +86,14 @@ def test_commit_by_hand() -> None:
     assert predict(replace(cell, masked=0.5), H100).us < predict(cell, H100).us
     two_launches = grid.Verify(grid.VerifyMode.REJECTION, 1, 32, 6, draft_probs=True)
     one_launch = replace(two_launches, draft_probs=False)
-    assert predict(two_launches, H100).us > predict(one_launch, H100).us + LATENCY.next_kernel
+    a100 = GPUS["A100"]
+    assert predict(two_launches, a100).us > predict(one_launch, a100).us + LATENCY.next_kernel
+    many = replace(two_launches, batch=8)  # more than clusters hold at once
+    for cell, clusters in ((two_launches, True), (one_launch, False), (many, False)):
+        assert time_model.verify_has_clusters(cell, H100) == clusters
+    plain = grid.Verify(grid.VerifyMode.GREEDY, 8, 1, 0)
+    assert time_model.verify_has_clusters(plain, H100)
+    assert not time_model.verify_has_clusters(plain, a100)
 
 
 @pytest.fixture

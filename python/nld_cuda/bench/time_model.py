@@ -355,10 +355,21 @@ def commit(cell: grid.Commit, gpu: Gpu) -> Prediction:
     return _streamed(gpu, traffic.of(cell), latency, ids, draws)
 
 
+def verify_has_clusters(cell: grid.Verify, gpu: Gpu) -> bool:
+    """csrc/verify/launch_cluster.cu: where that saves a ticket or a launch."""
+    rows, slices = cell.batch * cell.rows, -(-cell.vocab // 8192)
+    if gpu.gpcs == 0 or slices > 32 or rows * min(slices, 16) > 528:
+        return False
+    return cell.rows == 1 or cell.draft_probs
+
+
 def verify(cell: grid.Verify, gpu: Gpu) -> Prediction:
     latency = gpu.latency.kernel + gpu.latency.first_keys + gpu.latency.finish
-    if cell.draft_probs:
-        latency += gpu.latency.next_kernel + (gpu.latency.finish if cell.residual_rows else 0.0)
+    if verify_has_clusters(cell, gpu):
+        latency += gpu.latency.finish - 0.5 if cell.residual_rows else -0.7 * (cell.rows == 1)
+    elif cell.draft_probs:
+        latency += gpu.latency.dependent_kernel if gpu.gpcs else gpu.latency.next_kernel
+        latency += gpu.latency.finish if cell.residual_rows else 0.0
     ids = cell.rows_read * cell.vocab
     draws = ids * (cell.mode != VerifyMode.GREEDY)
     exps = ids * (cell.mode == VerifyMode.REJECTION)
