@@ -4,9 +4,9 @@
 // the grid is as many CTAs as the GPU holds, which go through the pairs (item, kv head) forth and back: heads of an
 // item run side by side and share its pages in L2. Longest items come first, so the CTAs end together.
 //
-// Traffic: K and V of every tile that some row sees, 2 * 64 * head_dim * 2 bytes, once per row tile, straight from the
-// pages; q and out once; split items write (head_dim + 2) * 4 bytes a row instead. 128 rows do 128 multiplications per
-// element of K and V read, 32 query tokens of a 4:1 model exactly.
+// Traffic: K and V of every tile that some row sees, 2 * 64 * head_dim * 2 bytes (e4m3: half), once per row tile, from
+// the pages; q and out once; split items write (head_dim + 2) * 4 bytes a row instead. 128 rows do 128 multiplications
+// per element of K and V read, 32 query tokens of a 4:1 model exactly.
 //
 // Why so. Q lives in registers: a warp reads each of K and V once per tile from shared memory, and nothing else. K and
 // V are separate steps of one ring, so that while one is multiplied the next two or more are under way, and the

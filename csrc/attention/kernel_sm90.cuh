@@ -4,8 +4,8 @@
 // head at a time, as kernel_sm80.cuh does: the same plan, masks, partials and results; the grid is as many CTAs as the
 // GPU holds, which go through the pairs (item, kv head) forth and back.
 //
-// Traffic: K and V of every tile of 128 keys that some row sees, 2 * 128 * head_dim * 2 bytes, once per row tile; q and
-// out once; split items write (head_dim + 2) * 4 bytes a row instead.
+// Traffic: K and V of every tile of 128 keys that some row sees, 2 * 128 * head_dim * 2 bytes (e4m3: half, widened by
+// the producer), once per row tile; q and out once; split items write (head_dim + 2) * 4 bytes a row instead.
 //
 // Why so. 128 rows do 128 multiplications per element of K and V; to keep up with 3 to 4.3 TB/s that is 384 to 550
 // TFLOP/s, more than mma.sync reaches. The producer runs ahead through a ring of slots, over the ends of items too, so
