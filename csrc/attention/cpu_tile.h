@@ -134,15 +134,16 @@ struct KvWalker {
         v_base(static_cast<const char*>(p.v.data) + item.kv_head * p.v.head_stride * element_bytes),
         table(p.page_table + item.request * p.page_table_stride),
         order(key_order(request_mask(p, item.request))),
-        page_size(p.page_size),
+        page_size(min64(p.page_size, INT32_MAX)),  // no token lies further
         k_page(p.k.page_stride * element_bytes),
         k_token(p.k.token_stride * element_bytes),
         v_page(p.v.page_stride * element_bytes),
         v_token(p.v.token_stride * element_bytes) {}
   void seek(int64_t to) {
-    const int64_t token = token_of_key(order, static_cast<int32_t>(to)), page = token / page_size;
+    const uint32_t token = token_of_key(order, static_cast<int32_t>(to));
+    const int64_t page = token / static_cast<uint32_t>(page_size);  // 32 bits: heads and tails seek often
     key = to;
-    offset = token % page_size;
+    offset = token - page * page_size;
     end = min64(key + page_size - offset, key_run_end(order, static_cast<int32_t>(to)));
     k = k_base + table[page] * k_page;
     v = v_base + table[page] * v_page;
