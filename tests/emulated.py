@@ -97,8 +97,9 @@ class Library:
             ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint,
         )  # fmt: skip
         c.nld_emulator_set_bug.argtypes = (ctypes.c_char_p,)
-        c.nld_emulator_set_capability.argtypes = (ctypes.c_int,)
-        c.nld_emulator_set_capability(80)
+        c.nld_emulator_set_gpu.argtypes = (ctypes.c_int, ctypes.c_int)
+        self.current_gpu = (80, 4)
+        c.nld_emulator_set_gpu(*self.current_gpu)
         c.nld_emulator_track.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
         c.nld_emulator_untrack.argtypes = (ctypes.c_int,)
         c.nld_emulator_traffic.argtypes = (
@@ -124,13 +125,15 @@ class Library:
         )
 
     @contextlib.contextmanager
-    def gpu(self, capability: int) -> Iterator[None]:
+    def gpu(self, capability: int, num_sms: int = 4) -> Iterator[None]:
         """Let launchers choose as on a GPU of that compute capability (10 * major + minor)."""
-        self.c.nld_emulator_set_capability(capability)
+        before, self.current_gpu = self.current_gpu, (capability, num_sms)
         try:
+            self.c.nld_emulator_set_gpu(*self.current_gpu)
             yield
         finally:
-            self.c.nld_emulator_set_capability(80)
+            self.current_gpu = before
+            self.c.nld_emulator_set_gpu(*before)
 
     @contextlib.contextmanager
     def bug(self, name: str) -> Iterator[None]:
@@ -142,12 +145,16 @@ class Library:
             self.c.nld_emulator_set_bug(b"")
 
     @contextlib.contextmanager
-    def traffic(self, tensor: torch.Tensor) -> Iterator[Traffic]:
-        """Count the bytes that kernels read and write between the tensor's first and last byte."""
+    def traffic(self, tensor: torch.Tensor | None = None) -> Iterator[Traffic]:
+        """Count the bytes that kernels read and write between the tensor's first and last byte, or
+        in all of global memory."""
         assert self.variant == "checked", "only the checked variant sees every access"
-        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        span = (last + 1) * tensor.element_size() if tensor.numel() else 0
-        id = self.c.nld_emulator_track(tensor.data_ptr(), span)
+        if tensor is None:
+            id = self.c.nld_emulator_track(None, 2**64 - 1)
+        else:
+            last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+            span = (last + 1) * tensor.element_size() if tensor.numel() else 0
+            id = self.c.nld_emulator_track(tensor.data_ptr(), span)
         result = Traffic()
         try:
             yield result

@@ -21,6 +21,7 @@ import torch
 
 import emulated
 import test_attention
+import test_attention_cluster
 import test_attention_mma
 import test_attention_plan
 import test_fp8
@@ -31,6 +32,7 @@ import test_verify
 from cases import ATTENTION_CORRECT, CAUSAL, FULL, QUADRATIC, AttentionCase, Request
 from conftest import Backend
 from nld_cuda import ops
+from test_attention_cluster import BLACKWELL, HOPPER
 
 CSRC = Path(__file__).parents[1] / "csrc"
 BF16, F32 = torch.bfloat16, torch.float32
@@ -52,6 +54,8 @@ RACE = How(
     r"(race: |never written|still in flight|without fence)(.|\n)*\.cuh:\d+",
 )
 DEADLOCK = How("deadlock", "plain", RuntimeError, "deadlock|divergent")
+EARLY = How("early", "checked", RuntimeError, "before wait_for_previous_kernel")
+EXITED = How("exited", "plain", RuntimeError, "whose shared memory is wanted has exited")
 CHECK = How("check", "plain", RuntimeError, "must hold: ")
 CLUSTER = How("cluster", "plain", RuntimeError, "may not have started")
 
@@ -132,6 +136,47 @@ def attention_groups_in_float32(b: Backend) -> None:
 
 def attention_in_splits(b: Backend) -> None:
     test_attention.test_matches_reference(ATTENTION_CORRECT[1], F32, b)
+
+
+def attention_in_a_cluster(b: Backend) -> None:
+    case = AttentionCase("x", (Request(20, 203, CAUSAL), Request(30, 131, FULL)), kv_heads=1)
+    test_attention_cluster.run(case, 2, BLACKWELL, b)
+
+
+def attention_in_a_cluster_sm90(b: Backend) -> None:
+    case = AttentionCase("x", (Request(20, 203, CAUSAL), Request(30, 131, FULL)), kv_heads=1)
+    test_attention_cluster.run(case, 2, HOPPER, b)
+
+
+def attention_of_one_row(b: Backend) -> None:
+    """One CTA of the cluster merges it, from the memory of those that have nothing left to do."""
+    case = AttentionCase("x", (Request(1, 203),), heads=1, kv_heads=1)
+    test_attention_cluster.run(case, 4, BLACKWELL, b)
+
+
+def attention_after_attention(b: Backend) -> None:
+    """A cluster works through two tiles."""
+    test_attention_cluster.test_more_tiles_than_clusters(BLACKWELL, b)
+
+
+def attention_after_attention_sm90(b: Backend) -> None:
+    test_attention_cluster.test_more_tiles_than_clusters(HOPPER, b)
+
+
+def attention_in_a_cluster_of_four(b: Backend) -> None:
+    test_attention_cluster.test_equal_splits_give_equal_bits(64, BLACKWELL, 4, b)
+
+
+def launches(b: Backend) -> None:
+    test_attention_cluster.test_dependent_launches_wait(BF16, BLACKWELL, b)
+
+
+def launches_sm90(b: Backend) -> None:
+    test_attention_cluster.test_dependent_launches_wait(BF16, HOPPER, b)
+
+
+def launches_without_tensor_cores(b: Backend) -> None:
+    test_attention_cluster.test_dependent_launches_wait(F32, HOPPER, b)
 
 
 def plan(b: Backend) -> None:
@@ -243,6 +288,20 @@ BUGS = [
     Bug("simt_mask_edge", attention_in_splits, NUMBERS),
     Bug("simt_wrong_page", attention_in_splits, NUMBERS),
     Bug("combine_wrong_weight", attention_in_splits, NUMBERS),
+    Bug("cluster_merges_early", attention_in_a_cluster, RACE),
+    Bug("cluster_parts_in_use", attention_of_one_row, EXITED),
+    Bug("cluster_parts_in_use", attention_after_attention, RACE),
+    Bug("cluster_merges_early", attention_in_a_cluster_sm90, RACE),
+    Bug("cluster_parts_in_use", attention_after_attention_sm90, RACE),
+    Bug("cluster_parts_too_early", attention_in_a_cluster_sm90, RACE),
+    Bug("cluster_lost_rows", attention_in_a_cluster, NUMBERS),
+    Bug("cluster_wrong_order", attention_in_a_cluster_of_four, NUMBERS),
+    Bug("combine_wrong_weight", attention_in_a_cluster, NUMBERS),
+    Bug("plan_no_wait", launches, EARLY),
+    Bug("attention_no_wait", launches, EARLY),
+    Bug("attention_sm90_no_wait", launches_sm90, EARLY),
+    Bug("simt_no_wait", launches_without_tensor_cores, EARLY),
+    Bug("combine_no_wait", launches, EARLY),
     Bug("plan_no_barrier", plan, RACE),
     Bug("plan_no_barrier", plan, NUMBERS),
     Bug("commit_no_barrier", commit, RACE),
@@ -285,6 +344,7 @@ def run(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_nld", library.ops)
     # Bodies that go to the library themselves get the variant too.
     monkeypatch.setattr(emulated, "Ops", lambda: library.ops)
+    monkeypatch.setattr(emulated, "load", lambda variant=None: library)
     monkeypatch.setattr(emulated, "configure", library.configure)
     with library.gpu(bug.gpu):
         bug.body(Backend("emulated", "cpu", capability=bug.gpu))

@@ -50,20 +50,24 @@ struct AttentionCudaParams : AttentionParams {
   float* partial_m;  // [slots, num_kv_heads, tile_rows], largest score, times log2(e)
   float* partial_l;  // [slots, num_kv_heads, tile_rows], sum of exp2(score - m)
   int32_t num_sms;
+  int32_t cluster_size;  // more than 1: a cluster of that many CTAs shares a tile's keys and merges its results itself
 };
 
 // Launchers: on the given cudaStream_t; null, or why the launch failed. An attention kernel writes `out` and `lse` of
-// tiles with one split and the partials of the others; combine writes those tiles, and 0 and -inf to rows that belong
-// to no request. launch_attention_simt takes every dtype and head_dim up to kMaxSimtDim.
+// tiles with one split, the partials of the others, and 0 and -inf to rows that belong to no request; combine merges
+// the partials (and where there is no tile at all, and so no attention kernel, it writes those rows). With clusters
+// there are no partials. launch_attention_simt takes every dtype and head_dim up to kMaxSimtDim.
 typedef const char* AttentionLauncher(const AttentionCudaParams&, void* stream);
 AttentionLauncher launch_attention_simt, launch_attention_combine;
 // Tensor cores: bfloat16 and float16 with head_dim 64, 96 or 128; rows of q, K and V that start at multiples of 16
 // bytes, as in every tensor torch allocates. Anything else is the other kernel's.
 AttentionLauncher launch_attention_mma;
 bool attention_mma_takes(const AttentionParams&);
+int32_t attention_mma_cluster_size(const AttentionCudaParams&);  // for this batch on this GPU, see cluster.h
 // The same by Hopper's instructions, for tiles of 64 and 128 rows, where the current device and this build have them.
 AttentionLauncher launch_attention_wgmma;
 bool attention_wgmma_takes(const AttentionParams&, int32_t tile_rows);
+int32_t attention_wgmma_cluster_size(const AttentionCudaParams&);
 const char* launch_attention_plan(const AttentionPlanParams&, void* stream);
 constexpr int64_t kMaxSimtDim = 512;
 int32_t device_sms();            // of the current device

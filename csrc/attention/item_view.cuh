@@ -2,17 +2,16 @@
 // its rows see, and where they lie in q, out, lse and the partials.
 #pragma once
 
+#include "attention/cluster_merge.cuh"
 #include "attention/mma_params.h"
-#include "attention/rows.cuh"
-#include "common/ptx.cuh"
 
 namespace nld {
 
 // What is rarely needed (the tile, the mask) is read again rather than held: registers limit the CTAs of an SM.
 class ItemView {
  public:
-  __device__ __forceinline__ ItemView(const MmaParams& p, int item_index, const PlanItem& item, int kv_head)
-      : p_(p), item_index_(item_index), tile_index_(item.tile), kv_head_(kv_head), key_end_(item.key_end) {}
+  __device__ __forceinline__ ItemView(const MmaParams& p, const PlanItem& item, int kv_head)
+      : p_(p), tile_index_(item.tile), split_(item.split), kv_head_(kv_head), key_end_(item.key_end) {}
 
   // Before next_visible and seen_word, for a walk in steps of kKeys from `key_begin` on.
   template <int kKeys>
@@ -23,7 +22,6 @@ class ItemView {
   }
 
   __device__ __forceinline__ Plan plan() const { return plan_view(p_.op.plan, p_.op.plan_shape.max_tiles); }
-  __device__ __forceinline__ const PlanItem& item() const { return plan().items[item_index_]; }
   __device__ __forceinline__ const PlanTile& tile() const { return plan().tiles[tile_index_]; }
 
   // Query row of packed row `row` of the tile; rows past its end are copies of its last.
@@ -68,8 +66,25 @@ class ItemView {
     const uint32_t head = kv_head_ * p_.heads_per_kv.divisor + remainder(packed, q, p_.heads_per_kv);
     return {static_cast<int64_t>(p_.op.cu_seqlens_q[tile().request]) + q, static_cast<int64_t>(head)};
   }
-  __device__ __forceinline__ int64_t partial_at(int row) const {
-    return partial_row(p_.op, tile().first_slot + item().split, kv_head_, row);
+  // Are the tile's other keys worked through by others?
+  __device__ __forceinline__ bool is_split() const { return in_cluster(p_.op) || tile().num_splits > 1; }
+
+  // Where the row's partial result goes: `parts` of the own shared memory where the cluster merges, else the workspace.
+  template <class Parts>
+  __device__ __forceinline__ PartialRow partial(Parts* parts, int row) const {
+    if (in_cluster(p_.op)) return parts->row(row);
+    const int64_t at = partial_row(p_.op, tile().first_slot + split_, kv_head_, row);
+    return {p_.op.partial_o + at * Parts::kHeadDim, p_.op.partial_m + at, p_.op.partial_l + at};
+  }
+
+  // After the partial results of an item: where the cluster merges, it does so now. The parts are free afterwards.
+  // By warp `warp` of `warps`; the CTA's other warps call meet_cluster_twice.
+  template <class T, class Parts>
+  __device__ __forceinline__ void finish_item(Parts* parts, int warp, int warps) const {
+    if (!in_cluster(p_.op)) return;
+    meet_before_merge();
+    merge_in_cluster<T>(p_.op, tile(), kv_head_, parts, warp, warps);
+    meet_after_merge();
   }
 
   __device__ __forceinline__ void store_lse(int row, float max, float sum) const {
@@ -93,7 +108,7 @@ class ItemView {
 
  protected:
   const MmaParams& p_;
-  const int item_index_, tile_index_, kv_head_;
+  const int tile_index_, split_, kv_head_;
   const int32_t key_end_;
   int32_t heads_begin_;  // from here on rows see their groups, and keys are not in the order of their tokens
   KeyRange hole_;        // steps in which no row sees a key

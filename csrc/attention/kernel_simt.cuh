@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/rows.cuh"
+#include "common/ptx.cuh"
 
 namespace nld {
 
@@ -54,6 +55,9 @@ __device__ __forceinline__ void load_keys(const AttentionCudaParams& p, const Kv
 template <class T, int kDims>
 __global__ void __launch_bounds__(kSimtThreads) attention_simt_kernel(const __grid_constant__ AttentionCudaParams p) {
   NLD_DYNAMIC_SMEM(float, smem);
+  if (!NLD_BUG(simt_no_wait)) ptx::wait_for_previous_kernel();
+  ptx::allow_next_kernel();
+  clear_rows<T>(p, owned_rows(p), threadIdx.x / kWarpSize, kSimtWarps);
   const Plan plan = plan_view(p.plan, p.plan_shape.max_tiles);
   NLD_DEVICE_CHECK(plan_fits(*plan.header, p.plan_shape), "the plan was made for these sizes");
   const int32_t item_index = static_cast<int32_t>(blockIdx.x), kv_head = static_cast<int32_t>(blockIdx.y);

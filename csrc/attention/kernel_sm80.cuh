@@ -33,9 +33,8 @@ namespace nld {
 template <class T, class Shape>
 class ItemWorker : private ItemView {
  public:
-  __device__ __forceinline__ ItemWorker(const MmaParams& p, typename Shape::Smem* sm, int item_index,
-                                        const PlanItem& item, int kv_head)
-      : ItemView(p, item_index, item, kv_head),
+  __device__ __forceinline__ ItemWorker(const MmaParams& p, typename Shape::Smem* sm, const PlanItem& item, int kv_head)
+      : ItemView(p, item, kv_head),
         sm_(sm),
         lane_(threadIdx.x % kWarpSize),
         warp_(threadIdx.x / kWarpSize),
@@ -54,11 +53,12 @@ class ItemWorker : private ItemView {
     if (!NLD_BUG(attention_ring_in_use)) __syncthreads();  // the ring is free
     if constexpr (Shape::kSharesKeys) {
       merge_warps(rows);
-    } else if (tile().num_splits > 1) {
+    } else if (is_split()) {
       store_partial(rows);
     } else {
       store(rows);
     }
+    finish_item<T>(&sm_->results.cluster, warp_, Shape::kWarps);
   }
 
  private:
@@ -234,12 +234,12 @@ class ItemWorker : private ItemView {
     for (int h = 0; h < 2; ++h) {
       const int row = warp_row_ + lane_ / 4 + 8 * h;
       if (row >= tile().num_rows) continue;
-      const int64_t at = partial_at(row);
+      const PartialRow to = partial(&sm_->results.cluster, row);
       if (lane_ % 4 == 0) {
-        p_.op.partial_m[at] = rows.max[h];
-        p_.op.partial_l[at] = rows.sum[h];
+        *to.max = rows.max[h];
+        *to.sum = rows.sum[h];
       }
-      float* out = p_.op.partial_o + at * Shape::kHeadDim + lane_ % 4 * 2;
+      float* out = to.out + lane_ % 4 * 2;
 #pragma unroll
       for (int j = 0; j < Shape::kChunks; ++j) {  // the four lanes of a row fill a sector of 32 bytes
         *reinterpret_cast<float2*>(out + 8 * j) = make_float2(rows.out[j][2 * h], rows.out[j][2 * h + 1]);
@@ -249,7 +249,7 @@ class ItemWorker : private ItemView {
 
   // 16-row tiles: the warps' results for the same rows, added in the order of the warps.
   __device__ __forceinline__ void merge_warps(const WarpRows<T, Shape>& rows) const {
-    typename Shape::Parts& parts = sm_->parts;
+    typename Shape::Parts& parts = sm_->results.warps;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = lane_ / 4 + 8 * h;
@@ -275,14 +275,14 @@ class ItemWorker : private ItemView {
 #pragma unroll
         for (int e = 0; e < 8; ++e) out[e] = __fmaf_rn(weight, parts.out[w][row][chunk * 8 + e], out[e]);
       }
-      if (tile().num_splits > 1) {
-        const int64_t at = partial_at(row);
-        float4* target = reinterpret_cast<float4*>(p_.op.partial_o + at * Shape::kHeadDim + chunk * 8);
+      if (is_split()) {
+        const PartialRow to = partial(&sm_->results.cluster, row);
+        float4* target = reinterpret_cast<float4*>(to.out + chunk * 8);
         target[0] = make_float4(out[0], out[1], out[2], out[3]);
         target[1] = make_float4(out[4], out[5], out[6], out[7]);
         if (chunk == 0) {
-          p_.op.partial_m[at] = max;
-          p_.op.partial_l[at] = sum;
+          *to.max = max;
+          *to.sum = sum;
         }
       } else {
         const float scale = row_scale(p_.op, kv_head_, sum);
@@ -305,20 +305,12 @@ __global__ void __launch_bounds__(TileShape<kHeadDim, kTileRows, Kv>::kThreads,
     attention_mma_kernel(const __grid_constant__ MmaParams p) {
   typedef TileShape<kHeadDim, kTileRows, Kv> Shape;
   NLD_DYNAMIC_SMEM(typename Shape::Smem, sm);
-  const Plan plan = plan_view(p.op.plan, p.op.plan_shape.max_tiles);
-  NLD_DEVICE_CHECK(plan_fits(*plan.header, p.op.plan_shape), "the plan was made for these sizes");
-  const int num_kv_heads = static_cast<int>(p.op.num_kv_heads);
-  const int num_ctas = static_cast<int>(gridDim.x);
-  int step = attention_first_step(static_cast<int>(blockIdx.x), num_ctas);
-  for (int work = blockIdx.x;;) {
-    const int index = work / num_kv_heads, kv_head = work % num_kv_heads;
-    // Read before it is known to exist, so that the two reads overlap.
-    const PlanItem item = plan.items[min(index, p.op.plan_shape.max_items - 1)];
-    if (index >= plan.header->num_items) break;
-    ItemWorker<T, Shape>(p, sm, index, item, kv_head).run(item.key_begin);
-    work = index * num_kv_heads + kv_head + step;
-    step = attention_next_step(step, num_ctas);
-  }
+  if (!NLD_BUG(attention_no_wait)) ptx::wait_for_previous_kernel();
+  ptx::allow_next_kernel();
+  const int32_t owned = owned_rows(p.op);  // read here, where nobody waits for it
+  for_each_item(
+      p.op, [&](const PlanItem& item, int kv_head) { ItemWorker<T, Shape>(p, sm, item, kv_head).run(item.key_begin); });
+  clear_rows<T>(p.op, owned, threadIdx.x / kWarpSize, Shape::kWarps);
 }
 
 }  // namespace nld

@@ -20,24 +20,6 @@
 
 namespace nld {
 
-// Calls work(index, item, kv_head) for the CTA's share of the plan, forth and back (heuristic.h).
-template <class Work>
-__device__ __forceinline__ void for_each_item(const MmaParams& p, const Work& work) {
-  const Plan plan = plan_view(p.op.plan, p.op.plan_shape.max_tiles);
-  const int num_kv_heads = static_cast<int>(p.op.num_kv_heads);
-  const int num_ctas = static_cast<int>(gridDim.x);
-  int step = attention_first_step(static_cast<int>(blockIdx.x), num_ctas);
-  for (int at = blockIdx.x;;) {
-    const int index = at / num_kv_heads, kv_head = at % num_kv_heads;
-    // Read before it is known to exist, so that the two reads overlap.
-    const PlanItem item = plan.items[min(index, p.op.plan_shape.max_items - 1)];
-    if (index >= plan.header->num_items) break;
-    work(index, item, kv_head);
-    at = index * num_kv_heads + kv_head + step;
-    step = attention_next_step(step, num_ctas);
-  }
-}
-
 // Tiles of an item begin below this key; the producer and the consumers must agree.
 __device__ __forceinline__ int32_t tiles_end(int32_t key_end) {
   return NLD_BUG(attention_sm90_lost_tail) ? key_end - kHopperKeys + 1 : key_end;
@@ -47,8 +29,8 @@ __device__ __forceinline__ int32_t tiles_end(int32_t key_end) {
 template <class Shape>
 class ItemProducer : private ItemView {
  public:
-  __device__ __forceinline__ ItemProducer(const MmaParams& p, int item_index, const PlanItem& item, int kv_head)
-      : ItemView(p, item_index, item, kv_head) {}
+  __device__ __forceinline__ ItemProducer(const MmaParams& p, const PlanItem& item, int kv_head)
+      : ItemView(p, item, kv_head) {}
 
   __device__ __forceinline__ void run(int32_t key_begin, HopperLoader<Shape>& loader) {
     NLD_DEVICE_CHECK(tile().key_end <= p_.op.max_pages * p_.op.page_size, "seq_lens fit the page table");
@@ -67,6 +49,10 @@ class ItemProducer : private ItemView {
     }
     loader.advance_v();
     if (v_key < key_end_) loader.load(true, v_key);
+    if (in_cluster(p_.op)) {
+      loader.finish();  // nobody runs ahead: partial results will lie in the ring
+      meet_cluster_twice();
+    }
   }
 };
 
@@ -74,9 +60,9 @@ class ItemProducer : private ItemView {
 template <class T, class Shape>
 class ItemConsumer : private ItemView {
  public:
-  __device__ __forceinline__ ItemConsumer(const MmaParams& p, typename Shape::Smem* sm, int item_index,
-                                          const PlanItem& item, int kv_head)
-      : ItemView(p, item_index, item, kv_head),
+  __device__ __forceinline__ ItemConsumer(const MmaParams& p, typename Shape::Smem* sm, const PlanItem& item,
+                                          int kv_head)
+      : ItemView(p, item, kv_head),
         sm_(sm),
         lane_(threadIdx.x % kWarpSize),
         warpgroup_(threadIdx.x / 128 - 1),
@@ -90,11 +76,16 @@ class ItemConsumer : private ItemView {
     if (first_key < tiles_end(key_end_)) work(first_key, place, rows);
     rows.finish_sum();
     warpgroup_sync();  // q has been read: out takes its place
-    if (tile().num_splits > 1) {
+    if (in_cluster(p_.op) && !NLD_BUG(cluster_parts_too_early)) {
+      ptx::barrier_sync(1 + Shape::kConsumers, 128 * Shape::kConsumers);  // the ring has been read, and is empty
+    }
+    if (is_split()) {
       store_partial(rows);
     } else {
       store(rows);
     }
+    if (in_cluster(p_.op)) ptx::fence_proxy_async();  // before the copy engine fills the ring again
+    finish_item<T>(&sm_->parts, threadIdx.x / kWarpSize - 4, 4 * Shape::kConsumers);
   }
 
  private:
@@ -255,12 +246,12 @@ class ItemConsumer : private ItemView {
     for (int h = 0; h < 2; ++h) {
       const int row = tile_row(warp_row_ + lane_ / 4 + 8 * h);
       if (row >= tile().num_rows) continue;
-      const int64_t at = partial_at(row);
+      const PartialRow to = partial(&sm_->parts, row);
       if (lane_ % 4 == 0) {
-        p_.op.partial_m[at] = rows.max[h];
-        p_.op.partial_l[at] = rows.sum[h];
+        *to.max = rows.max[h];
+        *to.sum = rows.sum[h];
       }
-      float* out = p_.op.partial_o + at * Shape::kHeadDim + lane_ % 4 * 2;
+      float* out = to.out + lane_ % 4 * 2;
 #pragma unroll
       for (int j = 0; j < Shape::kHeadDim / 8; ++j) {  // the four lanes of a row fill a sector of 32 bytes
         *reinterpret_cast<float2*>(out + 8 * j) = make_float2(rows.out[4 * j + 2 * h], rows.out[4 * j + 2 * h + 1]);
@@ -279,9 +270,11 @@ __global__ void __launch_bounds__(HopperShape<kHeadDim, kTileRows, Kv>::kThreads
   if constexpr (ptx::kHasWgmma) {
     typedef HopperShape<kHeadDim, kTileRows, Kv> Shape;
     NLD_DYNAMIC_SMEM(typename Shape::Smem, sm);
-    NLD_DEVICE_CHECK(plan_fits(*plan_view(p.mma.op.plan, p.mma.op.plan_shape.max_tiles).header, p.mma.op.plan_shape),
-                     "the plan was made for these sizes");
     if (threadIdx.x == 0) {
+      if (p.box_rows > 0) {
+        ptx::prefetch_tensor_map(&p.k_map);
+        ptx::prefetch_tensor_map(&p.v_map);
+      }
 #pragma unroll 1
       for (int slot = 0; slot < Shape::kSlots; ++slot) {
         ptx::mbar_init(&sm->full[slot], 4);                       // the producer's warps
@@ -290,18 +283,22 @@ __global__ void __launch_bounds__(HopperShape<kHeadDim, kTileRows, Kv>::kThreads
       ptx::mbar_init_fence();
     }
     __syncthreads();
+    if (!NLD_BUG(attention_sm90_no_wait)) ptx::wait_for_previous_kernel();
+    ptx::allow_next_kernel();
     if (threadIdx.x < 128) {
       ptx::give_up_registers<Shape::kProducerRegisters>();
       HopperLoader<Shape> loader(p, sm);
-      for_each_item(p.mma, [&](int index, const PlanItem& item, int kv_head) {
-        ItemProducer<Shape>(p.mma, index, item, kv_head).run(item.key_begin, loader);
+      for_each_item(p.mma.op, [&](const PlanItem& item, int kv_head) {
+        ItemProducer<Shape>(p.mma, item, kv_head).run(item.key_begin, loader);
       });
       loader.finish();
     } else {
       ptx::ask_for_registers<Shape::kConsumerRegisters>();
+      // While the first keys are on their way.
+      clear_rows<T>(p.mma.op, owned_rows(p.mma.op), threadIdx.x / kWarpSize - 4, 4 * Shape::kConsumers);
       RingPlace<Shape::kSlots> place;
-      for_each_item(p.mma, [&](int index, const PlanItem& item, int kv_head) {
-        ItemConsumer<T, Shape>(p.mma, sm, index, item, kv_head).run(item.key_begin, place);
+      for_each_item(p.mma.op, [&](const PlanItem& item, int kv_head) {
+        ItemConsumer<T, Shape>(p.mma, sm, item, kv_head).run(item.key_begin, place);
       });
     }
   }

@@ -12,11 +12,9 @@ LaunchError launch(const AttentionCudaParams& p, void* stream) {
   const int64_t rows = split_tiles * p.num_kv_heads * shape.tile_rows + p.total_q * p.num_heads;
   const int64_t most = 4 * static_cast<int64_t>(p.num_sms), wanted = (rows + kCombineWarps - 1) / kCombineWarps;
   const unsigned grid = static_cast<unsigned>(wanted < most ? wanted : most);
-  if (p.head_dim % 4 == 0) {
-    NLD_LAUNCH((attention_combine_kernel<T, 4>), grid, kCombineThreads, 0, stream, p);
-  } else {
-    NLD_LAUNCH((attention_combine_kernel<T, 1>), grid, kCombineThreads, 0, stream, p);
-  }
+  const auto kernel = p.head_dim % 4 == 0 ? attention_combine_kernel<T, 4> : attention_combine_kernel<T, 1>;
+  const LaunchShape launch = {.grid = grid, .block = kCombineThreads, .overlaps_previous = can_overlap(kernel)};
+  NLD_LAUNCH_SHAPED(kernel, launch, stream, p);
   return launch_result();
 }
 

@@ -11,7 +11,9 @@ LaunchError launch(const AttentionCudaParams& p, void* stream) {
   if (const LaunchError error = allow_smem(kernel, smem_bytes)) return error;
   const dim3 grid(static_cast<unsigned>(p.plan_shape.max_items), static_cast<unsigned>(p.num_kv_heads),
                   static_cast<unsigned>(p.plan_shape.tile_rows / kSimtRows));
-  NLD_LAUNCH((attention_simt_kernel<T, kDims>), grid, kSimtThreads, smem_bytes, stream, p);
+  const LaunchShape shape = {
+      .grid = grid, .block = kSimtThreads, .smem_bytes = smem_bytes, .overlaps_previous = can_overlap(kernel)};
+  NLD_LAUNCH_SHAPED(kernel, shape, stream, p);
   return launch_result();
 }
 

@@ -1,28 +1,36 @@
 // The launcher of the mma.sync kernels: what they have instances for, and what they derive from the op's arguments.
+#include "attention/cluster.h"
 #include "attention/mma_params.h"
 #include "common/element.cuh"
 
 namespace nld {
 namespace {
 
-typedef LaunchError MmaLauncher(const MmaParams&, void* stream);
+struct MmaInstance {
+  LaunchError (*launch)(const MmaParams&, void* stream);  // null: there is no instance
+  int (*resident_clusters)(int tile_rows, int size);
+};
+template <class T, int kHeadDim, class Kv = T>
+constexpr MmaInstance kMmaInstance = {launch_mma<T, kHeadDim, Kv>, mma_resident_clusters<T, kHeadDim, Kv>};
 
-MmaLauncher* mma_launcher(DType dtype, int64_t head_dim, bool is_fp8) {
+MmaInstance mma_instance(DType dtype, int64_t head_dim, bool is_fp8) {
   const bool is_bf16 = dtype == DType::kBF16;
-  if (dtype == DType::kF32) return nullptr;
+  if (dtype == DType::kF32) return {};
   if (is_fp8) {  // what models use: every instance costs seconds of building and a third of a megabyte
-    if (!is_bf16) return nullptr;
-    return head_dim == 64 ? launch_mma<bf16, 64, e4m3> : head_dim == 128 ? launch_mma<bf16, 128, e4m3> : nullptr;
+    if (!is_bf16) return {};
+    return head_dim == 64    ? kMmaInstance<bf16, 64, e4m3>
+           : head_dim == 128 ? kMmaInstance<bf16, 128, e4m3>
+                             : MmaInstance{};
   }
   switch (head_dim) {
     case 64:
-      return is_bf16 ? launch_mma<bf16, 64> : launch_mma<f16, 64>;
+      return is_bf16 ? kMmaInstance<bf16, 64> : kMmaInstance<f16, 64>;
     case 96:
-      return is_bf16 ? launch_mma<bf16, 96> : launch_mma<f16, 96>;
+      return is_bf16 ? kMmaInstance<bf16, 96> : kMmaInstance<f16, 96>;
     case 128:
-      return is_bf16 ? launch_mma<bf16, 128> : launch_mma<f16, 128>;
+      return is_bf16 ? kMmaInstance<bf16, 128> : kMmaInstance<f16, 128>;
   }
-  return nullptr;
+  return {};
 }
 
 // Rows of elements of so many bytes that start at multiples of 16.
@@ -41,8 +49,15 @@ bool has_chunks(const AttentionParams& p, const KvPages& pages) {
 }  // namespace
 
 bool attention_mma_takes(const AttentionParams& p) {
-  return mma_launcher(p.dtype, p.head_dim, p.is_fp8) != nullptr && has_chunks(p, p.k) && has_chunks(p, p.v) &&
+  return mma_instance(p.dtype, p.head_dim, p.is_fp8).launch != nullptr && has_chunks(p, p.k) && has_chunks(p, p.v) &&
          is_aligned(p.q, {p.q_token_stride, p.q_head_stride});
+}
+
+int32_t attention_mma_cluster_size(const AttentionCudaParams& p) {
+  const auto resident = mma_instance(p.dtype, p.head_dim, p.is_fp8).resident_clusters;
+  const int32_t tile_rows = p.plan_shape.tile_rows;
+  return attention_cluster_size(p.plan_shape, p.num_kv_heads, p.max_pages * p.page_size, p.num_sms,
+                                [&](int32_t size) { return resident(tile_rows, size); });
 }
 
 MmaParams mma_params(const AttentionCudaParams& op) {
@@ -65,7 +80,7 @@ MmaParams mma_params(const AttentionCudaParams& op) {
 
 LaunchError launch_attention_mma(const AttentionCudaParams& op, void* stream) {
   if (!attention_mma_takes(op)) return "the tensor-core kernel does not take this dtype, head_dim or alignment";
-  return mma_launcher(op.dtype, op.head_dim, op.is_fp8)(mma_params(op), stream);
+  return mma_instance(op.dtype, op.head_dim, op.is_fp8).launch(mma_params(op), stream);
 }
 
 }  // namespace nld

@@ -2,4 +2,5 @@
 
 namespace nld {
 template LaunchError launch_mma<bf16, 96, bf16>(const MmaParams&, void* stream);
-}
+template int mma_resident_clusters<bf16, 96, bf16>(int tile_rows, int size);
+}  // namespace nld

@@ -2,4 +2,5 @@
 
 namespace nld {
 template LaunchError launch_mma<f16, 128, f16>(const MmaParams&, void* stream);
-}
+template int mma_resident_clusters<f16, 128, f16>(int tile_rows, int size);
+}  // namespace nld

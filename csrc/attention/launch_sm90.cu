@@ -2,6 +2,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "attention/cluster.h"
 #include "attention/heuristic.h"
 #include "attention/ring_sm90.cuh"
 #include "common/tensor_map.h"
@@ -9,23 +10,30 @@
 namespace nld {
 namespace {
 
-typedef LaunchError WgmmaLauncher(const HopperParams&, void* stream);
+struct WgmmaInstance {
+  LaunchError (*launch)(const HopperParams&, void* stream);  // null: there is no instance
+  int (*resident_clusters)(int tile_rows, int size);
+};
+template <class T, int kHeadDim, class Kv = T>
+constexpr WgmmaInstance kWgmmaInstance = {launch_wgmma<T, kHeadDim, Kv>, wgmma_resident_clusters<T, kHeadDim, Kv>};
 
-WgmmaLauncher* wgmma_launcher(DType dtype, int64_t head_dim, bool is_fp8) {
+WgmmaInstance wgmma_instance(DType dtype, int64_t head_dim, bool is_fp8) {
   const bool is_bf16 = dtype == DType::kBF16;
   if (is_fp8) {  // the instances that attention_mma_takes knows
-    if (!is_bf16) return nullptr;
-    return head_dim == 64 ? launch_wgmma<bf16, 64, e4m3> : head_dim == 128 ? launch_wgmma<bf16, 128, e4m3> : nullptr;
+    if (!is_bf16) return {};
+    return head_dim == 64    ? kWgmmaInstance<bf16, 64, e4m3>
+           : head_dim == 128 ? kWgmmaInstance<bf16, 128, e4m3>
+                             : WgmmaInstance{};
   }
   switch (head_dim) {
     case 64:
-      return is_bf16 ? launch_wgmma<bf16, 64> : launch_wgmma<f16, 64>;
+      return is_bf16 ? kWgmmaInstance<bf16, 64> : kWgmmaInstance<f16, 64>;
     case 96:
-      return is_bf16 ? launch_wgmma<bf16, 96> : launch_wgmma<f16, 96>;
+      return is_bf16 ? kWgmmaInstance<bf16, 96> : kWgmmaInstance<f16, 96>;
     case 128:
-      return is_bf16 ? launch_wgmma<bf16, 128> : launch_wgmma<f16, 128>;
+      return is_bf16 ? kWgmmaInstance<bf16, 128> : kWgmmaInstance<f16, 128>;
   }
-  return nullptr;
+  return {};
 }
 
 // Code for sm_90a runs on 9.0 and nowhere else.
@@ -61,8 +69,15 @@ LaunchError map_pages(ptx::TensorMap* map, const AttentionCudaParams& op, const 
 }  // namespace
 
 bool attention_wgmma_takes(const AttentionParams& p, int32_t tile_rows) {
-  return tile_rows >= 64 && attention_mma_takes(p) && wgmma_launcher(p.dtype, p.head_dim, p.is_fp8) != nullptr &&
+  return tile_rows >= 64 && attention_mma_takes(p) && wgmma_instance(p.dtype, p.head_dim, p.is_fp8).launch != nullptr &&
          is_hopper();
+}
+
+int32_t attention_wgmma_cluster_size(const AttentionCudaParams& p) {
+  const auto resident = wgmma_instance(p.dtype, p.head_dim, p.is_fp8).resident_clusters;
+  const int32_t tile_rows = p.plan_shape.tile_rows;
+  return attention_cluster_size(p.plan_shape, p.num_kv_heads, p.max_pages * p.page_size, p.num_sms,
+                                [&](int32_t size) { return resident(tile_rows, size); });
 }
 
 LaunchError launch_attention_wgmma(const AttentionCudaParams& op, void* stream) {
@@ -75,7 +90,7 @@ LaunchError launch_attention_wgmma(const AttentionCudaParams& op, void* stream) 
       (map_pages(&p.k_map, op, op.k, p.box_rows) != nullptr || map_pages(&p.v_map, op, op.v, p.box_rows) != nullptr)) {
     p.box_rows = 0;
   }
-  return wgmma_launcher(op.dtype, op.head_dim, op.is_fp8)(p, stream);
+  return wgmma_instance(op.dtype, op.head_dim, op.is_fp8).launch(p, stream);
 }
 
 }  // namespace nld

@@ -2,4 +2,5 @@
 
 namespace nld {
 template LaunchError launch_wgmma<f16, 64, f16>(const HopperParams&, void* stream);
-}
+template int wgmma_resident_clusters<f16, 64, f16>(int tile_rows, int size);
+}  // namespace nld

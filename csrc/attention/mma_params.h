@@ -22,5 +22,8 @@ MmaParams mma_params(const AttentionCudaParams&);
 // Instances: launch_sm80_<dtype>_<head_dim>.cu, and of fp8 caches (Kv = e4m3) launch_sm80_fp8_<head_dim>.cu.
 template <class T, int kHeadDim, class Kv = T>
 const char* launch_mma(const MmaParams&, void* stream);
+// Clusters of `size` CTAs that the current GPU holds at once; 0: it has none.
+template <class T, int kHeadDim, class Kv = T>
+int mma_resident_clusters(int tile_rows, int size);
 
 }  // namespace nld

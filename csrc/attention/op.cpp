@@ -366,11 +366,16 @@ void block_attention_out_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor pa
 #if NLD_CUDA
 // ---- CUDA ----
 
+struct AttentionKernel {
+  AttentionLauncher* launch;
+  int32_t (*cluster_size)(const AttentionCudaParams&);  // null: the kernel knows no clusters
+};
+
 // The CUDA kernel for these arguments on the current device.
-AttentionLauncher* pick_attention_kernel(const AttentionParams& p, int32_t tile_rows) {
-  if (attention_wgmma_takes(p, tile_rows)) return launch_attention_wgmma;
-  if (attention_mma_takes(p)) return launch_attention_mma;
-  if (p.head_dim <= kMaxSimtDim) return launch_attention_simt;
+AttentionKernel pick_attention_kernel(const AttentionParams& p, int32_t tile_rows) {
+  if (attention_wgmma_takes(p, tile_rows)) return {launch_attention_wgmma, attention_wgmma_cluster_size};
+  if (attention_mma_takes(p)) return {launch_attention_mma, attention_mma_cluster_size};
+  if (p.head_dim <= kMaxSimtDim) return {launch_attention_simt, nullptr};
   fail(kOp, ": q must have a head_dim of at most ", kMaxSimtDim, " on CUDA, got ", p.head_dim,
        " (tensor cores: bfloat16 and float16 with 64, 96, 128; all dtypes up to ", kMaxSimtDim, ")");
 }
@@ -392,7 +397,7 @@ void block_attention_out_cuda(Tensor q, Tensor k_cache, Tensor v_cache, Tensor p
       attention_params(q, k_cache, v_cache, page_table, seq_lens, cu_seqlens_q, mask_mode, block_len, block_phase,
                        softmax_scale, softcap, split_len, k_scale, v_scale, out, lse);
   const CudaScope scope(q);
-  AttentionCudaParams p = {base, {}, nullptr, nullptr, nullptr, nullptr, device_sms()};
+  AttentionCudaParams p = {base, {}, nullptr, nullptr, nullptr, nullptr, device_sms(), 1};
   if (plan) {
     p.plan_shape = given_plan_shape(base, *plan, q);
   } else {
@@ -400,7 +405,7 @@ void block_attention_out_cuda(Tensor q, Tensor k_cache, Tensor v_cache, Tensor p
                                   base.max_pages * base.page_size, base.split_len, p.num_sms);
   }
   const PlanShape& shape = p.plan_shape;
-  AttentionLauncher* const attend = pick_attention_kernel(base, shape.tile_rows);
+  const AttentionKernel kernel = pick_attention_kernel(base, shape.tile_rows);
   if (base.total_q == 0 || base.num_heads == 0) return;
   std::optional<Tensor> own_plan, workspace;  // live until the launches are queued; the allocator knows the stream
   if (!plan && shape.max_tiles > 0) {
@@ -410,15 +415,17 @@ void block_attention_out_cuda(Tensor q, Tensor k_cache, Tensor v_cache, Tensor p
                                             scope.stream()));
   }
   p.plan = ptr<int32_t>(plan ? plan : own_plan);
-  const int64_t rows = attention_max_slots(shape.max_tiles, shape.max_items) * base.num_kv_heads * shape.tile_rows;
-  if (rows > 0) {
+  if (kernel.cluster_size != nullptr) p.cluster_size = kernel.cluster_size(p);
+  const int64_t slots = p.cluster_size > 1 ? 0 : attention_max_slots(shape.max_tiles, shape.max_items);
+  if (slots > 0) {
+    const int64_t rows = slots * base.num_kv_heads * shape.tile_rows;
     workspace = torch::stable::new_empty(q, {rows * (base.head_dim + 2)}, ScalarType::Float);
     p.partial_o = ptr<float>(workspace);
     p.partial_m = p.partial_o + rows * base.head_dim;
     p.partial_l = p.partial_m + rows;
   }
-  if (shape.max_tiles > 0) check_launch(kOp, attend(p, scope.stream()));
-  check_launch(kOp, launch_attention_combine(p, scope.stream()));
+  if (shape.max_tiles > 0) check_launch(kOp, kernel.launch(p, scope.stream()));
+  if (slots > 0 || shape.max_tiles == 0) check_launch(kOp, launch_attention_combine(p, scope.stream()));
 }
 #endif
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention/plan.h"
-#include "common/prelude.cuh"
+#include "common/ptx.cuh"
 
 namespace nld {
 
@@ -72,6 +72,8 @@ __device__ inline int32_t find_range(int32_t count, int32_t index, const Start& 
 __global__ void __launch_bounds__(kPlanThreads, 1)
     attention_plan_kernel(const __grid_constant__ AttentionPlanParams p) {
   NLD_DYNAMIC_SMEM(PlanSmem, sm);
+  if (!NLD_BUG(plan_no_wait)) ptx::wait_for_previous_kernel();
+  ptx::allow_next_kernel();
   const PlanShape& shape = p.shape;
   const PlanArrays plan = plan_arrays(p.plan, shape.max_tiles);
   const int32_t tid = static_cast<int32_t>(threadIdx.x);

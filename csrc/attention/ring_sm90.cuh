@@ -3,8 +3,8 @@
 
 #include <type_traits>
 
+#include "attention/cluster_merge.cuh"
 #include "attention/mma_params.h"
-#include "common/element.cuh"
 #include "common/ptx_wgmma.cuh"
 
 namespace nld {
@@ -20,6 +20,9 @@ struct HopperParams {
 // Instances: launch_sm90_<dtype>_<head_dim>.cu, and of fp8 caches (Kv = e4m3) launch_sm90_fp8_<head_dim>.cu.
 template <class T, int kHeadDim, class Kv = T>
 LaunchError launch_wgmma(const HopperParams&, void* stream);
+// Clusters of `size` CTAs that the current GPU holds at once; 0: it has none.
+template <class T, int kHeadDim, class Kv = T>
+int wgmma_resident_clusters(int tile_rows, int size);
 
 constexpr int kHopperKeys = 128;  // keys of a K or V tile
 
@@ -61,7 +64,10 @@ struct HopperShape {
   typedef std::conditional_t<kConverts, Codes, NoCodes> Stage;
 
   struct Smem : Stage {
-    uint4 slots[kSlots][kColumns][kColumnChunks];
+    union {
+      uint4 slots[kSlots][kColumns][kColumnChunks];
+      ClusterParts<kHeadDim, kTileRows> parts;  // while the cluster merges; the ring is empty then
+    };
     uint4 q[kConsumers][kColumns][64 * 8];  // then the rows of out on their way
     uint64_t full[kSlots], empty[kSlots];
   };

@@ -40,6 +40,11 @@ __device__ __forceinline__ int64_t partial_row(const AttentionCudaParams& p, int
   return (slot * p.num_kv_heads + kv_head) * p.plan_shape.tile_rows + tile_row;
 }
 
+// Where the partial result of a row lies: in the workspace, or in shared memory.
+struct PartialRow {
+  float *out, *max, *sum;
+};
+
 // Factor that turns a row's sum of products with V into its output. l is 0 only where nothing was seen (else the
 // largest term is 1), and NaN where a NaN was. Partials do not have the scale of V: it is applied here, once.
 __device__ __forceinline__ float row_scale(const AttentionCudaParams& p, int32_t kv_head, float l) {
@@ -62,5 +67,24 @@ __device__ __forceinline__ float row_lse(float m, float l) {
 
 // Weight of a partial with maximum m in a row whose maximum over all partials is m_all.
 __device__ __forceinline__ float partial_weight(float m, float m_all) { return exp2f(m - m_all); }
+
+// Rows that belong to requests; those from there on belong to nobody.
+__device__ __forceinline__ int32_t owned_rows(const AttentionCudaParams& p) {
+  return p.batch > 0 ? p.cu_seqlens_q[p.batch] : 0;
+}
+
+// 0 and -inf to the rows that belong to nobody, by the grid: this is warp `warp` of `warps` of its CTA.
+template <class T>
+__device__ __forceinline__ void clear_rows(const AttentionCudaParams& p, int32_t owned, int warp, int64_t warps) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t cta = blockIdx.x + static_cast<int64_t>(gridDim.x) * (blockIdx.y + gridDim.y * blockIdx.z);
+  const int64_t num_warps = warps * gridDim.x * gridDim.y * gridDim.z;
+  for (int64_t i = owned * p.num_heads + cta * warps + warp; i < p.total_q * p.num_heads; i += num_warps) {
+    const int64_t token = i / p.num_heads, head = i % p.num_heads;
+    T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
+    for (int64_t dim = lane; dim < p.head_dim; dim += kWarpSize) out[dim] = from_float<T>(0.0f);
+    if (lane == 0) p.lse[head * p.lse_head_stride + token * p.lse_token_stride] = -INFINITY;
+  }
+}
 
 }  // namespace nld

@@ -1,10 +1,11 @@
 // Q, K and V on their way to shared memory: the shape of the ring, its swizzle, and who copies what.
 #pragma once
 
+#include <type_traits>
+
+#include "attention/cluster_merge.cuh"
 #include "attention/heuristic.h"
 #include "attention/mma_params.h"
-#include "attention/rows.cuh"
-#include "common/ptx.cuh"
 
 namespace nld {
 
@@ -55,10 +56,19 @@ struct TileShape {
     float out[kWarps][16][kHeadDim + 8];
     float max[kWarps][16], sum[kWarps][16];
   };
+  // Where the ring was: results on their way to the other CTAs of a cluster, in 16-row tiles behind the warps'.
+  struct RowsOfWarps {
+    ClusterParts<kHeadDim, kTileRows> cluster;
+  };
+  struct KeysOfWarps {
+    Parts warps;
+    ClusterParts<kHeadDim, kTileRows> cluster;
+  };
   union Smem {
     uint4 slots[kSlots][kSlotChunks];
-    Parts parts;
+    std::conditional_t<kSharesKeys, KeysOfWarps, RowsOfWarps> results;
   };
+  static_assert(sizeof(Smem) == sizeof(uint4) * kSlots * kSlotChunks, "nothing is larger than the ring");
   static_assert(sizeof(Smem) <= 99 * 1024);
 
   // Where chunk c of a row lies: eight rows of an ldmatrix then fall on different banks. Rows of 96 elements start in

@@ -1,6 +1,8 @@
 // The only place that knows whether nvcc or the CPU emulator compiles a kernel. Every .cuh and launch*.cu starts here.
 #pragma once
 
+#include <atomic>
+#include <bit>
 #include <cstdint>
 
 #include "common/capability.h"
@@ -26,13 +28,14 @@
 #define NLD_LAUNCH(kernel, grid_, block_, smem_bytes, stream, ...)                                                 \
   (static_cast<void>(stream), ::emu::launch({dim3(grid_), dim3(block_), static_cast<size_t>(smem_bytes)}, #kernel, \
                                             [&] { (kernel)(__VA_ARGS__); }))
-#define NLD_LAUNCH_SHAPED(kernel, shape_, stream, ...)                                                             \
-  [&, nld_shape = ::nld::LaunchShape(shape_)] {                                                                    \
-    static_cast<void>(stream);                                                                                     \
-    ::emu::launch({nld_shape.grid, nld_shape.block, static_cast<size_t>(nld_shape.smem_bytes), nld_shape.cluster}, \
-                  #kernel, [&] { (kernel)(__VA_ARGS__); });                                                        \
+#define NLD_LAUNCH_SHAPED(kernel, shape_, stream, ...)                                                            \
+  [&, nld_shape = ::nld::LaunchShape(shape_)] {                                                                   \
+    static_cast<void>(stream);                                                                                    \
+    ::emu::launch({nld_shape.grid, nld_shape.block, static_cast<size_t>(nld_shape.smem_bytes), nld_shape.cluster, \
+                   nld_shape.overlaps_previous},                                                                  \
+                  #kernel, [&] { (kernel)(__VA_ARGS__); });                                                       \
   }()
-#define NLD_DYNAMIC_SMEM(Type, name) Type* const name = reinterpret_cast<Type*>(::emu::t_cur->block->smem)
+#define NLD_DYNAMIC_SMEM(Type, name) Type* const name = reinterpret_cast<Type*>(::emu::dynamic_smem())
 #endif
 
 // NLD_BUG(name): an injected bug, off on a GPU; tests switch it on under the emulator and must see it caught.
@@ -177,8 +180,95 @@ inline int num_sms() {
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;
 #else
-  return 4;
+  return ::emu::options().num_sms;
 #endif
 }
+
+// Whether the current device runs a kernel's code for sm_90 or later, the only code that knows clusters and dependent
+// launches: a library built for older GPUs alone runs on newer ones without.
+template <class Kernel>
+bool has_sm90_code(Kernel kernel) {
+#if NLD_ON_DEVICE
+  cudaFuncAttributes attributes{};
+  const bool known = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess;
+  return known && attributes.ptxVersion >= 90;
+#else
+  static_cast<void>(kernel);
+  return ::emu::options().capability >= 90;
+#endif
+}
+
+// May the kernel be launched with overlaps_previous?
+template <class Kernel>
+bool can_overlap(Kernel kernel) {
+#if NLD_ON_DEVICE
+  static const bool knows_how = has_sm90_code(kernel);  // the same for all kernels, as they are built for the same GPUs
+  return knows_how && compute_capability() >= 90;
+#else
+  return has_sm90_code(kernel);
+#endif
+}
+
+// Clusters of more than 8 CTAs must be asked for, once per kernel and device.
+template <class Kernel>
+LaunchError allow_cluster(Kernel kernel, int size) {
+#if NLD_ON_DEVICE
+  if (size <= 8) return nullptr;
+  const cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+#else
+  static_cast<void>(kernel);
+  static_cast<void>(size);
+  return nullptr;
+#endif
+}
+
+// Clusters of `size` CTAs of a kernel that the current device holds at once; 0: it has none of that size.
+template <class Kernel>
+int resident_clusters(Kernel kernel, int num_threads, int smem_bytes, int size) {
+#if NLD_ON_DEVICE
+  if (!has_sm90_code(kernel) || allow_smem(kernel, smem_bytes) != nullptr || allow_cluster(kernel, size) != nullptr) {
+    cudaGetLastError();  // an error that was answered
+    return 0;
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(size));
+  config.blockDim = dim3(static_cast<unsigned>(num_threads));
+  config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return clusters;
+#else
+  return has_sm90_code(kernel) ? num_sms() * resident_ctas(kernel, num_threads, smem_bytes) / size : 0;
+#endif
+}
+
+// The same, asked once for each size: GPUs of one machine are alike, or nearly. One static object per kernel.
+class ResidentClusters {
+ public:
+  template <class Kernel>
+  int operator()(Kernel kernel, int num_threads, int smem_bytes, int size) {
+#if NLD_ON_DEVICE
+    std::atomic<int>& known = known_[31 - std::countl_zero(static_cast<unsigned>(size))];
+    int clusters = known;
+    if (clusters < 0) known = clusters = resident_clusters(kernel, num_threads, smem_bytes, size);
+    return compute_capability() >= 90 ? clusters : 0;
+#else
+    return resident_clusters(kernel, num_threads, smem_bytes, size);  // tests change the GPU
+#endif
+  }
+
+ private:
+  std::atomic<int> known_[5] = {-1, -1, -1, -1, -1};  // of 1, 2, 4, 8, 16 CTAs
+};
 
 }  // namespace nld

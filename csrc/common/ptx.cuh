@@ -330,7 +330,9 @@ PTX_FN void fence_acq_rel(PTX_LOC_ONLY_) {
 // Waits until the kernels this launch depends on have finished and their writes are visible. Every read of what they
 // wrote, and every write of what they read, comes after it.
 PTX_FN void wait_for_previous_kernel() {
-#if NLD_ON_DEVICE && __CUDA_ARCH__ >= 900
+#if !NLD_ON_DEVICE
+  ::emu::wait_for_previous_kernel();
+#elif __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }

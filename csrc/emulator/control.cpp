@@ -31,7 +31,10 @@ bool bug_is_on(BugSwitch& bug) {
 
 NLD_TEST_API void nld_emulator_set_bug(const char* name) { emu::set_bug(name); }
 
-NLD_TEST_API void nld_emulator_set_capability(int capability) { emu::options().capability = capability; }
+NLD_TEST_API void nld_emulator_set_gpu(int capability, int num_sms) {
+  emu::options().capability = capability;
+  emu::options().num_sms = num_sms;
+}
 
 NLD_TEST_API void nld_emulator_set(int order, int async, uint64_t seed, unsigned workers, unsigned max_resident) {
   emu::Options& o = emu::options();

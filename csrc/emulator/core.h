@@ -46,6 +46,7 @@ uint3 thread_index();
 uint3 block_index();
 dim3 block_size();
 dim3 grid_size();
+unsigned char* dynamic_smem();
 int lane();
 
 // ---- launching --------------------------------------------------------------------------------------------------
@@ -62,6 +63,7 @@ struct Options {
   size_t stack_bytes = 64 << 10;  // of each thread
   unsigned max_reports = 8;       // data races told about per launch
   int capability = 90;            // 10 * major + minor of the GPU that launchers see; below 90 no clusters
+  int num_sms = 4;                // multiprocessors of that GPU
 };
 Options& options();
 
@@ -72,7 +74,8 @@ struct Error : std::runtime_error {
 struct Config {
   dim3 grid{1}, block{1};
   size_t smem = 0;
-  unsigned cluster = 1;  // CTAs per cluster, along x
+  unsigned cluster = 1;            // CTAs per cluster, along x
+  bool overlaps_previous = false;  // global memory is touched after wait_for_previous_kernel() only
 };
 // Runs the kernel to its end. Throws Error with a full report on misuse.
 void launch(const Config&, const char* name, const std::function<void()>& kernel);
@@ -129,6 +132,7 @@ void note_write(const void* p, size_t n, Loc loc);
 void note_constant_read(const void* p, size_t n, Loc loc);  // by ld.global.nc: nobody may write it in this launch
 
 void fence(Loc loc);  // __threadfence
+void wait_for_previous_kernel();
 
 enum class Rmw { Add, Sub, Min, Max, And, Or, Xor, Exch, Inc, Dec };
 enum class Sem { Relaxed, Acquire, Release, AcqRel };  // of scope .gpu

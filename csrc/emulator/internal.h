@@ -58,6 +58,8 @@ struct Thread : Fiber {
   unsigned wgmma_group = 0;  // the open one
   bool wgmma_fenced = false;
 
+  bool may_run_ahead = false;  // of the kernel before: has not called wait_for_previous_kernel()
+
   Clock clock;
   Known fenced;              // what the last __threadfence() lets atomics publish
   Known collected;           // what atomics have seen: known from the next __threadfence() on

@@ -113,6 +113,8 @@ template void atomic_store(uint32_t*, uint32_t, Sem, Loc);
 template void atomic_store(int64_t*, int64_t, Sem, Loc);
 template void atomic_store(uint64_t*, uint64_t, Sem, Loc);
 
+void wait_for_previous_kernel() { self()->may_run_ahead = false; }
+
 void fence(Loc) {
   if (race::enabled) race::fence(self());
 }

@@ -9,6 +9,7 @@
 // Every cell of memory remembers its last write and some reads since. An access that is not ordered after them is a
 // race.
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <array>
@@ -84,10 +85,26 @@ class Shadow {
   std::array<Recent, 256> recent_{};
 };
 
+// The stack of the OS thread, where the launcher holds the kernel's arguments.
+struct Stack {
+  const char *begin = nullptr, *end = nullptr;
+  bool contains(const void* p) const { return p >= begin && p < end; }
+};
+Stack own_stack() {
+  pthread_attr_t attributes;
+  void* begin = nullptr;
+  size_t bytes = 0;
+  pthread_getattr_np(pthread_self(), &attributes);
+  pthread_attr_getstack(&attributes, &begin, &bytes);
+  pthread_attr_destroy(&attributes);
+  return {static_cast<char*>(begin), static_cast<char*>(begin) + bytes};
+}
+
 // Of the launch under way; the checked library runs all of it on one OS thread.
 struct Launch {
   Config cfg;
   const char* kernel = "";
+  Stack launcher;
   uint32_t per_cluster = 0;  // clock entries: the threads and the copy engine
   Shadow shared, global;
   std::unordered_map<uintptr_t, Known> words;  // what atomics have left at them
@@ -197,6 +214,7 @@ void begin_launch(const Config& cfg, const char* kernel) {
   Launch& l = g_launch;
   l.cfg = cfg;
   l.kernel = kernel;
+  l.launcher = own_stack();
   l.per_cluster = cfg.block.x * cfg.block.y * cfg.block.z * cfg.cluster + 1;
   l.global.clear();
   l.words.clear();
@@ -246,6 +264,10 @@ void access(Kind kind, const void* p, size_t n, uint64_t where) {
     bool inside = false;
     for (const Cta* c : cta().cluster->ctas) inside |= byte >= c->smem && byte + n <= c->smem + c->smem_bytes;
     if (!inside) return (void)tell("shared memory access out of bounds", nullptr);
+  } else if (l.launcher.contains(p)) {
+    return;  // arguments of the kernel
+  } else if (t->may_run_ahead) {
+    return (void)tell("global memory touched before wait_for_previous_kernel(), in a launch that overlaps", nullptr);
   } else if (kind != Constant) {
     if (kind != Write) traffic::count(false, p, n);
     if (is_write) traffic::count(true, p, n);

@@ -153,6 +153,7 @@ void run_group(const Config& cfg, const char* kernel_name, const std::function<v
       t.lane = i % 32;
       t.warp = i / 32;
       t.block = &c;
+      t.may_run_ahead = cfg.overlaps_previous;
       fiber::prepare(&t, b * nt + i, &thread_main);
       cluster.threads.push_back(&t);
       g.ready.push_back(&t);
@@ -191,6 +192,7 @@ uint3 thread_index() { return t_cur->tid; }
 uint3 block_index() { return t_cur->block->idx; }
 dim3 block_size() { return t_cur->block->dim; }
 dim3 grid_size() { return t_cur->block->grid; }
+unsigned char* dynamic_smem() { return t_cur->block->smem; }
 int lane() { return static_cast<int>(t_cur->lane); }
 
 std::string place(Loc l) {
@@ -244,7 +246,9 @@ void launch(const Config& cfg, const char* kernel_name, const std::function<void
   if (cfg.grid.y > 65535 || cfg.grid.z > 65535) refuse("grid.y and grid.z must be at most 65535");
   if (cfg.smem > 227 * 1024) refuse("more than 227 KiB of shared memory");
   if (!cfg.cluster || cfg.grid.x % cfg.cluster) refuse("grid.x is not a multiple of the cluster");
-  if (cfg.cluster > 1 && options().capability < 90) refuse("clusters need a GPU of compute capability 9.0");
+  if ((cfg.cluster > 1 || cfg.overlaps_previous) && options().capability < 90) {
+    refuse("clusters and dependent launches need a GPU of compute capability 9.0");
+  }
   const Options& o = options();
   const auto num_clusters = unsigned(blocks / cfg.cluster);
   const std::vector<unsigned> order = cluster_order(num_clusters);
