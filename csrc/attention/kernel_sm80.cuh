@@ -17,8 +17,8 @@
 //
 // By the machine code, not by a clock (no GPU has run this yet): head_dim 128 on sm_80, one warp and one tile (16 rows,
 // 64 keys) are about 550 instructions, 128 HMMA, 64 LDSM and 34 MUFU among them; at an A100's rates the tensor cores
-// and the reads of shared memory are both busy for 1024 of the cycles. Registers on sm_80, 16 / 64 / 128 rows: 117 /
-// 148 / 149 (head_dim 64), 144 / 179 / 179 (96), 168 / 200 / 202 (128), no spills; up to 243 of 255 where there is room
+// and the reads of shared memory are both busy for 1024 of the cycles. Registers on sm_80, 16 / 64 / 128 rows: 120 /
+// 150 / 151 (head_dim 64), 138 / 181 / 181 (96), 168 / 201 / 203 (128), no spills; up to 254 of 255 where there is room
 // (sm_120). Tried and lost: three CTAs of 64 rows and head_dim 128 (168 registers) spill on every GPU; a loop over
 // unaligned pages inside the kernel made it half as long again.
 #pragma once
