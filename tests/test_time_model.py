@@ -96,17 +96,7 @@ def test_commit_by_hand() -> None:
     assert not time_model.verify_has_clusters(plain, a100)
 
 
-@pytest.fixture
-def with_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the kernels have clusters, and merge early where they do not use them."""
-    kernel_of = time_model.kernel_of
-    monkeypatch.setattr(
-        time_model, "kernel_of",
-        lambda *args: replace(kernel_of(*args), clusters=True, combine="dependent"),
-    )  # fmt: skip
-
-
-def test_clusters_are_as_the_launcher_has_them(with_clusters: None) -> None:
+def test_clusters_are_as_the_launcher_has_them() -> None:
     """csrc/attention/cluster.h, for the clusters that 8 groups of 16 SMs hold."""
     sizes = {}
     for rows, batch, keys in (
@@ -127,7 +117,7 @@ def test_clusters_are_as_the_launcher_has_them(with_clusters: None) -> None:
         assert own < without if size > 1 else own == without
 
 
-def test_clusters_lose_nowhere_by_much(with_clusters: None) -> None:
+def test_clusters_lose_nowhere_by_much() -> None:
     """What the launcher gives to clusters, against the plan's own cuts and a second launch."""
     for cell in grid.ATTENTION:
         if cell.group not in ("decode", "mixed") or len(cell.requests) > 8:

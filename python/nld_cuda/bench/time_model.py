@@ -119,10 +119,10 @@ class Kernel:
 # Rings of csrc/attention, less the slot that is being multiplied.
 SM80 = Kernel(
     "sm80", "mma", {16: 32 << 10, 64: 32 << 10, 128: 64 << 10}, {16: 2, 64: 2, 128: 1},
-    "kernel", clusters=False,
+    "dependent", clusters=True,
 )  # fmt: skip
 SM90 = Kernel(
-    "sm90", "wgmma", {64: 64 << 10, 128: 160 << 10}, {64: 2, 128: 1}, "kernel", 128, False
+    "sm90", "wgmma", {64: 64 << 10, 128: 160 << 10}, {64: 2, 128: 1}, "dependent", 128, True
 )
 SIMT = Kernel("simt", "fma", {16: 16 << 10}, {16: 2})
 SIMT_ROWS = 16  # of a CTA of the general kernel, whatever the plan's tiles
