@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -64,7 +65,7 @@ def filled(model: nld_cuda.NLDModel, ids: list[int], cache: KVCache) -> KVCache:
 
 
 def test_calibration_takes_the_largest_magnitude_of_each_head() -> None:
-    model = tiny_model(61).model
+    model = copy.copy(tiny_model(61).model)  # the other tests share it
     prompts = [prompt(9, 61, seed=1), prompt(23, 61, seed=2)]
     scales = nld_cuda.calibrate_kv(model, prompts, margin=1.5)
     assert model.kv_scales is scales
@@ -87,7 +88,7 @@ def test_calibration_takes_the_largest_magnitude_of_each_head() -> None:
 
 def test_the_model_quantises_with_the_scales_of_its_layers() -> None:
     """The first layer's entries do not depend on what is read from the cache: equal codes."""
-    model = tiny_model(61).model
+    model = copy.copy(tiny_model(61).model)  # the other tests share it
     ids = prompt(30, 61, seed=3)
     scales = nld_cuda.calibrate_kv(model, [ids])
     plain = filled(model, ids, KVCache(model.config, 1, len(ids), "cpu", model.dtype))

@@ -51,7 +51,7 @@ RACE = How(
     "race",
     "checked",
     RuntimeError,
-    r"(race: |never written|still in flight|without fence)(.|\n)*\.cuh:\d+",
+    r"(race: |never written|still in flight|without fence|may not have started)(.|\n)*\.cuh:\d+",
 )
 DEADLOCK = How("deadlock", "plain", RuntimeError, "deadlock|divergent")
 EARLY = How("early", "checked", RuntimeError, "before wait_for_previous_kernel")
