@@ -27,7 +27,7 @@ ASAN := LD_PRELOAD="$(shell c++ -print-file-name=libasan.so) $(shell c++ -print-
 emulated: build
 	@$(PY) -m pytest --emulated plain --emulated-schedules --emulated-sample 1
 	@$(PY) -m pytest --emulated checked --emulated-sample 1
-	@$(ASAN) $(PY) -m pytest --capture=sys --emulated asan --emulated-sample 1 $(foreach op,attention attention_sm90 kv_cache sampler verify,tests/test_$(op).py)
+	@$(ASAN) $(PY) -m pytest --capture=sys --emulated asan --emulated-sample 1 $(foreach op,attention attention_sm90 attention_cluster fp8 kv_cache sampler verify,tests/test_$(op).py)
 
 build: .venv/.built
 
