@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compare import assert_equal
 from nld_cuda.model import ModelConfig, NLDModel, load_model
-from nld_cuda.model.checkpoint import TABLE, _count, _plan, resolve_device
+from nld_cuda.model.checkpoint import _count, _plan, resolve_device
 from tiny_model import config_fields, random_lora, random_weights, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +101,7 @@ def test_published_sizes(hidden: int, inner: int, layers: int, tensors: int, mil
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, vocab_size=131072,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128,
     )  # fmt: skip
-    plan = _plan(ModelConfig.from_dict(fields), list(TABLE))
+    plan = _plan(ModelConfig.from_dict(fields))
     assert len(plan) == tensors
     assert round(sum(_count(shape) for _, _, shape in plan.values()) / 1e6) == millions
 

@@ -104,8 +104,7 @@ def load_model(
     config = ModelConfig.from_file(folder)
     files = TensorFiles(checkpoint_files(folder), canonical_name)
     tied = config.tie_word_embeddings
-    rows = [row for row in TABLE if not (tied and row.field == "head")]
-    plan = _plan(config, rows)
+    plan = _plan(config)
     extra = {"diffusion_head.weight"} if tied else set()
     int4 = Int4Files(files, config.int4) if config.int4 is not None else None
     expected: dict[str, tuple[int, ...]] = {}
@@ -201,11 +200,13 @@ Place = tuple[int | None, str]  # layer (None outside) and field
 Plan = dict[str, tuple[int | None, str, tuple[int, ...]]]  # name -> (layer, field, shape)
 
 
-def _plan(config: ModelConfig, rows: list[Row]) -> Plan:
+def _plan(config: ModelConfig) -> Plan:
     """Expand the table: every expected tensor with its layer (None outside), field and shape."""
     sizes = _sizes(config)
     plan: Plan = {}
-    for row in rows:
+    for row in TABLE:
+        if row.field == "head" and config.tie_word_embeddings:
+            continue
         shape = tuple(sizes[size] for size in row.shape)
         for i in range(config.num_layers) if "{i}" in row.name else (None,):
             plan[row.name.format(i=i)] = (i, row.field, shape)
@@ -214,8 +215,7 @@ def _plan(config: ModelConfig, rows: list[Row]) -> Plan:
 
 def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name and shape `[out, in]` of every matrix of a checkpoint."""
-    rows = [row for row in TABLE if not (config.tie_word_embeddings and row.field == "head")]
-    return {name: shape for name, (_, _, shape) in _plan(config, rows).items() if len(shape) == 2}
+    return {name: shape for name, (_, _, shape) in _plan(config).items() if len(shape) == 2}
 
 
 def _by_place(plan: Plan) -> dict[Place, list[str]]:
