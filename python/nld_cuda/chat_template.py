@@ -14,6 +14,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nld_cuda.decode.text import Tokenizer
+from nld_cuda.model.json_files import read_json_object
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
@@ -159,12 +160,5 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 def _json_object(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: must be a JSON file: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: must hold a JSON object, got {type(value).__name__}")
-    return value
+    """What a file holds; nothing where there is none."""
+    return read_json_object(file) if file.is_file() else {}

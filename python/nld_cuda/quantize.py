@@ -20,7 +20,8 @@ from nld_cuda.model.checkpoint import EMBEDDING, canonical_name, matrix_shapes
 from nld_cuda.model.config import ModelConfig
 from nld_cuda.model.int4 import GROUP_SIZES, pack_words
 from nld_cuda.model.int4 import quantize as to_int4
-from nld_cuda.model.tensor_files import INDEX_NAME, SINGLE_NAME, TensorFiles, checkpoint_files
+from nld_cuda.model.json_files import read_json_object
+from nld_cuda.model.tensor_files import INDEX_NAME, TensorFiles, checkpoint_files
 
 HEAD = "diffusion_head.weight"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -116,10 +117,8 @@ def quantize(
     if (folder / INDEX_NAME).is_file():
         index = {"metadata": {"total_size": target_bytes}, "weight_map": weight_map}
         (out / INDEX_NAME).write_text(json.dumps(index, indent=1))
-    elif files.files[0].name != SINGLE_NAME:
-        raise AssertionError("a checkpoint has an index or a single file")
     _copy_the_rest(folder, out)
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fields = read_json_object(folder / "config.json")
     ignored = [] if head or HEAD not in files else [files.original(HEAD)]
     fields["quantization_config"] = _config_group(group_size, ignored)
     (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n")

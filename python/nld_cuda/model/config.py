@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from nld_cuda.model.json_files import read_json_object
+
 TRI_MODE_TYPES = ("nemotron_labs_diffusion",)
 # The same layers without a mask token, in transformers' own layout: mode ar only.
 CAUSAL_TYPES = ("ministral3", "mistral", "llama")
@@ -137,13 +139,7 @@ class ModelConfig:
         file = Path(path)
         if file.is_dir():
             file = file / "config.json"
-        try:
-            fields = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: must be a JSON file: {error}") from None
-        if not isinstance(fields, dict):
-            raise ValueError(f"{file}: must hold a JSON object, got {type(fields).__name__}")
-        return ModelConfig.from_dict(fields, str(file))
+        return ModelConfig.from_dict(read_json_object(file), str(file))
 
     @staticmethod
     def from_dict(fields: Mapping[str, Any], source: str = "config.json") -> ModelConfig:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nld_cuda.model.config import ModelConfig
+from nld_cuda.model.json_files import read_json_object
 from nld_cuda.model.linear import Lora
 from nld_cuda.model.tensor_files import TensorFiles
 
@@ -76,12 +77,7 @@ def _read_config(file: Path) -> tuple[int, float]:
     """Return rank and scale."""
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent}: must hold {file.name}, found none")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: must be a JSON file: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file}: must hold a JSON object, got {type(fields).__name__}")
+    fields = read_json_object(file)
     for name, values in _FIXED_FIELDS:
         if fields.get(name) not in values:
             raise NotImplementedError(
