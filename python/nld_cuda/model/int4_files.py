@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -13,21 +10,6 @@ from nld_cuda.model.config import Int4Config
 from nld_cuda.model.tensor_files import TensorFiles
 
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A stored tensor of a quantised matrix.
-
-    Attributes:
-        suffix: what stands in its name where a dense one has `weight`.
-        shape: as stored.
-        is_integer: whether it holds integers.
-    """
-
-    suffix: str
-    shape: Shape
-    is_integer: bool
 
 
 class Int4Files:
@@ -50,8 +32,8 @@ class Int4Files:
         """Inputs that share a scale, of a matrix `[out, in]`."""
         return self._config.group_size or shape[1]
 
-    def parts(self, shape: Shape) -> Iterable[Part]:
-        """What must be stored for a matrix `[out, in]`.
+    def stored_names(self, name: str, shape: Shape) -> dict[str, tuple[Shape, bool]]:
+        """Name, shape and whether it holds integers of each stored tensor of a matrix `[out, in]`.
 
         Raises:
             ValueError: its groups, or the words of 8 codes, do not divide it.
@@ -64,25 +46,21 @@ class Int4Files:
                 + (", whose sides must be multiples of 8" if self._is_gptq else "")
             )
         groups = inputs // group_size
+        parts: dict[str, tuple[Shape, bool]]
         if self._is_gptq:
-            return (
-                Part("qweight", (inputs // 8, out), True),
-                Part("qzeros", (groups, out // 8), True),
-                Part("scales", (groups, out), False),
-                Part("g_idx", (inputs,), True),
-            )
-        return (
-            Part("weight_packed", (out, -(-inputs // 8)), True),
-            Part("weight_scale", (out, groups), False),
-            Part("weight_shape", (2,), True),
-        )
-
-    def stored_names(self, name: str, shape: Shape) -> dict[str, tuple[Shape, bool]]:
-        """Name, shape and whether it holds integers of each stored tensor of a matrix."""
-        return {
-            self._stored(name, part.suffix): (part.shape, part.is_integer)
-            for part in self.parts(shape)
-        }
+            parts = {
+                "qweight": ((inputs // 8, out), True),
+                "qzeros": ((groups, out // 8), True),
+                "scales": ((groups, out), False),
+                "g_idx": ((inputs,), True),
+            }
+        else:
+            parts = {
+                "weight_packed": ((out, -(-inputs // 8)), True),
+                "weight_scale": ((out, groups), False),
+                "weight_shape": ((2,), True),
+            }
+        return {self._stored(name, suffix): part for suffix, part in parts.items()}
 
     def read(self, name: str, shape: Shape) -> tuple[Tensor, Tensor]:
         """Codes `[out, in]` int32 and scales `[out, groups]` as stored.

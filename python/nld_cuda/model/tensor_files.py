@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +137,8 @@ class TensorFiles:
         Raises:
             ValueError: the file is damaged.
         """
-        file, original, source = self._slices[name]
-        try:
+        with self._readable(name) as source:
             found: Tensor = source[:]
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{file}: must be a complete safetensors file, {original} cannot be read: {error}"
-            ) from None
         return found
 
     def check(
@@ -193,12 +189,18 @@ class TensorFiles:
 
     def copy_to(self, name: str, target: Tensor) -> None:
         """Copy a tensor into `target` (same shape), converting dtype and device, piece by piece."""
-        file, original, source = self._slices[name]
         rows = target.shape[0]
         step = max(1, _CHUNK_ELEMENTS // max(1, target.numel() // max(1, rows)))
-        try:
+        with self._readable(name) as source:
             for start in range(0, rows, step):
                 target[start : start + step].copy_(source[start : start + step])
+
+    @contextmanager
+    def _readable(self, name: str) -> Iterator[Any]:
+        """The slice of a tensor; what goes wrong while it is read names the file."""
+        file, original, source = self._slices[name]
+        try:
+            yield source
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{file}: must be a complete safetensors file, {original} cannot be read: {error}"
