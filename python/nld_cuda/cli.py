@@ -6,7 +6,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 DEFAULT_THRESHOLD = 0.9
@@ -218,6 +219,23 @@ def read_prompt(args: argparse.Namespace) -> str:
     return sys.stdin.read().removesuffix("\n")
 
 
+@contextmanager
+def progress_line(label: str, show: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a callback of (bytes done, bytes in all) that keeps one line up to date, or None."""
+    if not show:
+        yield None
+        return
+
+    def progress(done: int, total: int) -> None:
+        text = f"{done / 2**20:.0f} of {total / 2**20:.0f} MiB, {100 * done // max(total, 1)} %"
+        print(f"\r{label}: {text}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield progress
+    finally:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
 def load_model(args: argparse.Namespace) -> Any:
     """Load the checkpoint, with a progress line on a terminal; set the number of CPU threads."""
     import torch
@@ -227,21 +245,16 @@ def load_model(args: argparse.Namespace) -> Any:
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads must be >= 1, got {args.threads}")
 
-    def progress(done: int, total: int) -> None:
-        text = f"{done / 2**20:.0f} of {total / 2**20:.0f} MiB, {100 * done // max(total, 1)} %"
-        print(f"\rloading {args.model}: {text}", end="", file=sys.stderr, flush=True)
-
     show = sys.stderr.isatty() and not getattr(args, "json", False)
-    model = nld_cuda.load(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        kv_dtype=args.kv_dtype,
-        lora=args.lora,
-        progress=progress if show else None,
-    )
-    if show:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    with progress_line(f"loading {args.model}", show) as progress:
+        model = nld_cuda.load(
+            args.model,
+            device=args.device,
+            dtype=args.dtype,
+            kv_dtype=args.kv_dtype,
+            lora=args.lora,
+            progress=progress,
+        )
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     elif model.num_parameters < SMALL_MODEL:
@@ -368,16 +381,10 @@ def run_quantize(args: argparse.Namespace) -> int:
     """Write a quantised copy of a checkpoint."""
     from nld_cuda.quantize import quantize
 
-    def progress(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            text = f"{done / 2**20:.0f} of {total / 2**20:.0f} MiB"
-            print(f"\rquantising {text}", end="", file=sys.stderr, flush=True)
-
-    summary = quantize(
-        args.source, args.target, group_size=args.group_size, head=args.head, progress=progress
-    )
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr)
+    with progress_line(f"quantising {args.source}", sys.stderr.isatty()) as progress:
+        summary = quantize(
+            args.source, args.target, group_size=args.group_size, head=args.head, progress=progress
+        )
     print(
         f"{args.target}: {summary.num_quantized} matrices in 4 bits, "
         f"{summary.source_bytes / 2**20:.0f} -> {summary.target_bytes / 2**20:.0f} MiB"
