@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from nld_cuda.model.fields import Fields
 from nld_cuda.model.json_files import read_json_object
 
 TRI_MODE_TYPES = ("nemotron_labs_diffusion",)
@@ -144,7 +144,7 @@ class ModelConfig:
     @staticmethod
     def from_dict(fields: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
         """Check the fields of a config.json; `source` names it in errors. Raises as `from_file`."""
-        read = _Fields(fields, source)
+        read = Fields(fields, source)
         read.supported("model_type", TRI_MODE_TYPES + CAUSAL_TYPES, required=True)
         is_tri_mode = fields["model_type"] in TRI_MODE_TYPES
         for name, values in FIXED_FIELDS:
@@ -184,70 +184,7 @@ class ModelConfig:
         )
 
 
-class _Fields:
-    """Typed access to a JSON object, with errors that name file, field, rule and value."""
-
-    def __init__(self, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
-        self.values, self.source, self.prefix = values, source, prefix
-
-    def fail(self, name: str, rule: str, value: Any) -> NoReturn:
-        raise ValueError(f"{self.source}: {self.prefix}{name} must {rule}, got {value!r}")
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Value of a field; null counts as absent."""
-        value = self.values.get(name)
-        return default if value is None else value
-
-    def required(self, name: str, default: Any) -> Any:
-        value = self.get(name, default)
-        if value is None:
-            raise ValueError(f"{self.source}: {self.prefix}{name} must be given, it is missing")
-        return value
-
-    def count(self, name: str, default: int | None = None) -> int:
-        value = self.required(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.fail(name, "be an integer >= 1", value)
-        return int(value)
-
-    def number(
-        self, name: str, default: float | None = None, minimum: float | None = None
-    ) -> float:
-        value = self.required(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
-            self.fail(name, "be a number", value)
-        if minimum is not None and value <= minimum:
-            self.fail(name, f"be > {minimum:g}", value)
-        return float(value)
-
-    def optional_number(self, name: str) -> float | None:
-        return None if self.get(name) is None else self.number(name)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.get(name, default)
-        if not isinstance(value, bool):
-            self.fail(name, "be true or false", value)
-        return bool(value)
-
-    def token(self, name: str, vocab_size: int, required: bool = False) -> Any:
-        value = self.required(name, None) if required else self.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
-            self.fail(name, f"be a token id in [0, {vocab_size})", value)
-        return int(value)
-
-    def supported(self, name: str, values: tuple[Any, ...], required: bool = False) -> None:
-        value = self.required(name, None) if required else self.get(name)
-        if value is not None and value not in values:
-            known = " or ".join("absent" if v is None else json.dumps(v) for v in values)
-            raise NotImplementedError(
-                f"{self.source}: {self.prefix}{name} {json.dumps(value)} is not supported, "
-                f"only {known}"
-            )
-
-
-def _dtype(read: _Fields) -> torch.dtype | None:
+def _dtype(read: Fields) -> torch.dtype | None:
     for name in ("torch_dtype", "dtype"):  # the second is the newer spelling
         value = read.get(name)
         if value is not None:
@@ -257,7 +194,7 @@ def _dtype(read: _Fields) -> torch.dtype | None:
     return None
 
 
-def _eos_token_ids(read: _Fields, vocab_size: int) -> tuple[int, ...]:
+def _eos_token_ids(read: Fields, vocab_size: int) -> tuple[int, ...]:
     value = read.get("eos_token_id", [])
     ids = value if isinstance(value, list) else [value]
     for token in ids:
@@ -266,7 +203,7 @@ def _eos_token_ids(read: _Fields, vocab_size: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _rope(read: _Fields, head_dim: int, max_positions: int) -> RopeConfig:
+def _rope(read: Fields, head_dim: int, max_positions: int) -> RopeConfig:
     """Merge rope_parameters, its older name rope_scaling, and a top-level rope_theta."""
     merged: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):
@@ -283,7 +220,7 @@ def _rope(read: _Fields, head_dim: int, max_positions: int) -> RopeConfig:
         value = read.get(key)
         if value is not None and merged.setdefault(key, value) != value:
             read.fail(key, f"agree with rope_parameters ({merged[key]!r})", value)
-    rope = _Fields(merged, read.source, "rope_parameters.")
+    rope = Fields(merged, read.source, "rope_parameters.")
     rope.supported("rope_type", ROPE_TYPES)
     kind = rope.get("rope_type", "default")
     rotary_dim = int(head_dim * rope.number("partial_rotary_factor", default=1.0, minimum=0.0))
@@ -318,14 +255,14 @@ def _rope(read: _Fields, head_dim: int, max_positions: int) -> RopeConfig:
     )  # fmt: skip
 
 
-def _int4(read: _Fields) -> Int4Config | None:
+def _int4(read: Fields) -> Int4Config | None:
     """Accept symmetric 4-bit weights with 16-bit activations, in the formats we read."""
     values = read.get("quantization_config")
     if values is None:
         return None
     if not isinstance(values, dict):
         read.fail("quantization_config", "be an object", values)
-    fields = _Fields(values, read.source, "quantization_config.")
+    fields = Fields(values, read.source, "quantization_config.")
     fields.supported("quant_method", ("compressed-tensors", "gptq"), required=True)
     if values["quant_method"] == "gptq":
         fields.supported("bits", (4,), required=True)
@@ -339,13 +276,13 @@ def _int4(read: _Fields) -> Int4Config | None:
         fields.fail("config_groups", "be an object of objects", groups)
     sizes = set()
     for name, group in groups.items():
-        outer = _Fields(group, read.source, f"quantization_config.config_groups.{name}.")
+        outer = Fields(group, read.source, f"quantization_config.config_groups.{name}.")
         outer.supported("input_activations", (None,))
         outer.supported("output_activations", (None,))
         weights = outer.required("weights", None)
         if not isinstance(weights, dict):
             outer.fail("weights", "be an object", weights)
-        inner = _Fields(weights, read.source, f"{outer.prefix}weights.")
+        inner = Fields(weights, read.source, f"{outer.prefix}weights.")
         inner.supported("num_bits", (4,), required=True)
         inner.supported("type", ("int",))
         inner.supported("symmetric", (True,))
@@ -357,5 +294,5 @@ def _int4(read: _Fields) -> Int4Config | None:
     return Int4Config("compressed-tensors", sizes.pop())
 
 
-def _group_size(fields: _Fields) -> int | None:
+def _group_size(fields: Fields) -> int | None:
     return None if fields.get("group_size") == -1 else fields.count("group_size")
