@@ -4,9 +4,9 @@
     python benchmarks/bench_load.py --checkpoint path/to/checkpoint
 
 `--model` writes a random checkpoint of that shape first (kept, and used again), shard by shard, so
-that writing needs the memory of one layer. Loading happens in a process of its own: its anonymous
-memory, sampled every 5 ms, does not contain the mapped files, whose pages the kernel takes back at
-need. With --cold the files are dropped from the page cache before.
+that writing needs the memory of one layer. Loading happens in a process of its own; its peak is the
+kernel's own figure of resident memory, pages of mapped files included. With --cold the files are
+dropped from the page cache before.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 import nld_cuda
+from nld_cuda.bench.environment import environment
 from nld_cuda.bench.grid import MODELS
 
 INNER = {"3B": 9216, "8B": 14336, "14B": 16384}
@@ -98,33 +98,22 @@ def write_random(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def anonymous_bytes() -> int:
-    """Resident memory of this process that no file backs."""
+def resident_bytes(field: str) -> int:
+    """Resident memory of this process: VmRSS, now, or VmHWM, the most there was."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status must have a line RssAnon, found none")
+    raise RuntimeError(f"/proc/self/status must have a line {field}, found none")
 
 
 def load_here(folder: Path, device: str, dtype: str) -> dict[str, Any]:
     """Load in this process and say what it took."""
     torch.empty(1)  # the allocator's own start-up
-    start_bytes = peak = anonymous_bytes()
-    finished = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not finished.wait(0.005):
-            peak = max(peak, anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    start_bytes = resident_bytes("VmRSS")
     begin = time.perf_counter()
     model = nld_cuda.load(folder, device=device, dtype=dtype)
     seconds = time.perf_counter() - begin
-    finished.set()
-    watcher.join()
-    peak = max(peak, anonymous_bytes()) - start_bytes
+    peak = resident_bytes("VmHWM") - start_bytes
     return {
         "seconds": seconds,
         "weight_bytes": model.num_bytes,
@@ -177,7 +166,8 @@ def main() -> None:
     child = [sys.executable, __file__, "--checkpoint", str(folder), "--child"]
     child += ["--device", options.device, "--dtype", options.dtype]
     result = json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
-    result |= {"cold": options.cold, "torch": torch.__version__, "shape": options.model}
+    result |= {"cold": options.cold, "shape": options.model}
+    result["environment"] = environment(torch.device(options.device).type)
     over = result["peak_over_weights"]
     print(
         f"{result['weight_bytes'] / MIB:.0f} MiB of weights in {result['seconds']:.1f} s "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ _ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
     "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
-_CHUNK_ELEMENTS = 1 << 24  # rows are copied in pieces of this size, so memory peaks at the weights
+# Tensors are copied in pieces, and a file is mapped anew after so many bytes: pages that were read
+# count as memory of the process until their mapping is gone. So memory peaks at the weights.
+_CHUNK_BYTES = 1 << 23
+_MAX_MAPPED_BYTES = 1 << 24
 _MAX_LISTED = 20
 
 Progress = Callable[[int, int], None]
@@ -70,8 +74,28 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Header entry of a tensor: where it lies, its name there, shape and safetensors dtype."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one entry of the first dimension."""
+        return torch.Size(self.shape[1:]).numel() * _ITEM_BYTES[self.dtype]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in all."""
+        return torch.Size(self.shape).numel() * _ITEM_BYTES[self.dtype]
+
+
 class TensorFiles:
-    """Open, memory-mapped safetensors files, seen as one mapping from canonical name to tensor."""
+    """Memory-mapped safetensors files, seen as one mapping from canonical name to tensor."""
 
     def __init__(self, files: Sequence[Path], canonical: Callable[[str], str]) -> None:
         """Open the files.
@@ -84,7 +108,9 @@ class TensorFiles:
             ValueError: a file is truncated or corrupt, or two tensors have one canonical name.
         """
         self.files = list(files)
-        self._slices: dict[str, tuple[Path, str, Any]] = {}
+        self._stored: dict[str, Stored] = {}
+        self._mapped: tuple[Path, Any] | None = None  # the file being read, and its handle
+        self._bytes_mapped = 0  # of it, read so far
         for file in self.files:
             try:
                 handle = safe_open(str(file), framework="pt", device="cpu")
@@ -94,42 +120,42 @@ class TensorFiles:
                     f"{file}: must be a complete safetensors file, got a damaged one: {error}"
                 ) from None
             for name in names:
-                known = self._slices.get(canonical(name))
+                known = self._stored.get(canonical(name))
                 if known is not None:
                     raise ValueError(
                         f"{file}: tensors must be given once, got {name!r} and, in "
-                        f"{known[0].name}, {known[1]!r}"
+                        f"{known.file.name}, {known.name!r}"
                     )
-                self._slices[canonical(name)] = (file, name, handle.get_slice(name))
+                entry = handle.get_slice(name)
+                stored = Stored(file, name, tuple(entry.get_shape()), entry.get_dtype())
+                self._stored[canonical(name)] = stored
 
     def __contains__(self, name: str) -> bool:
-        return name in self._slices
+        return name in self._stored
 
     def original(self, name: str) -> str:
         """Name of a tensor in its file."""
-        original: str = self._slices[name][1]
-        return original
+        return self._stored[name].name
 
     def names(self, file: Path) -> dict[str, str]:
         """Canonical and original names of the tensors of a file."""
-        return {n: original for n, (where, original, _) in self._slices.items() if where == file}
+        return {n: stored.name for n, stored in self._stored.items() if stored.file == file}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, read from the header."""
-        return tuple(self._slices[name][2].get_shape())
+        return self._stored[name].shape
 
     def num_bytes(self, name: str) -> int:
         """Size of a tensor as stored."""
-        return torch.Size(self.shape(name)).numel() * _ITEM_BYTES[self._slices[name][2].get_dtype()]
+        return self._stored[name].num_bytes
 
     def dtype(self, name: str) -> torch.dtype | None:
         """Dtype of a tensor, None where it is no floating-point type this package reads."""
-        return FLOAT_DTYPES.get(self._slices[name][2].get_dtype())
+        return FLOAT_DTYPES.get(self._stored[name].dtype)
 
     def where(self, name: str) -> str:
         """File and original name of a tensor, for errors."""
-        file, original, _ = self._slices[name]
-        return f"{file}: {original}"
+        return f"{self._stored[name].file}: {self._stored[name].name}"
 
     def read(self, name: str) -> Tensor:
         """A whole tensor, as stored, on the CPU.
@@ -137,7 +163,7 @@ class TensorFiles:
         Raises:
             ValueError: the file is damaged.
         """
-        with self._readable(name) as source:
+        with self._readable(name, self.num_bytes(name)) as source:
             found: Tensor = source[:]
         return found
 
@@ -154,8 +180,8 @@ class TensorFiles:
                 that cannot be read.
         """
         unknown = [
-            original
-            for name, (_, original, _) in self._slices.items()
+            stored.name
+            for name, stored in self._stored.items()
             if name not in expected and not ignored(name)
         ]
         missing = [name for name in expected if name not in self]
@@ -163,22 +189,23 @@ class TensorFiles:
         for name, shape in expected.items():
             if name not in self:
                 continue
-            original = self._slices[name][1]
-            if self.shape(name) != shape:
-                misshapen.append(f"{original} {list(self.shape(name))}, expected {list(shape)}")
-            stored = self._slices[name][2].get_dtype()
+            found = self._stored[name]
+            if found.shape != shape:
+                misshapen.append(f"{found.name} {list(found.shape)}, expected {list(shape)}")
             wanted = INTEGER_DTYPES if name in integers else tuple(FLOAT_DTYPES)
-            if stored not in wanted:
-                unreadable.append(f"{original} {stored}, expected one of {', '.join(wanted)}")
+            if found.dtype not in wanted:
+                unreadable.append(
+                    f"{found.name} {found.dtype}, expected one of {', '.join(wanted)}"
+                )
         problems = [
-            f"{title} ({len(found)}): {_listing(found)}"
-            for title, found in (
+            f"{title} ({len(listed)}): {_listing(listed)}"
+            for title, listed in (
                 ("unknown", unknown),
                 ("missing", missing),
                 ("misshapen", misshapen),
                 ("of another dtype", unreadable),
             )
-            if found
+            if listed
         ]
         if problems:
             where = ", ".join(file.name for file in self.files)
@@ -189,21 +216,32 @@ class TensorFiles:
 
     def copy_to(self, name: str, target: Tensor) -> None:
         """Copy a tensor into `target` (same shape), converting dtype and device, piece by piece."""
-        rows = target.shape[0]
-        step = max(1, _CHUNK_ELEMENTS // max(1, target.numel() // max(1, rows)))
-        with self._readable(name) as source:
-            for start in range(0, rows, step):
-                target[start : start + step].copy_(source[start : start + step])
+        rows, row_bytes = target.shape[0], self._stored[name].row_bytes
+        step = max(1, _CHUNK_BYTES // max(1, row_bytes))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            with self._readable(name, (stop - start) * row_bytes) as source:
+                target[start:stop].copy_(source[start:stop])
 
     @contextmanager
-    def _readable(self, name: str) -> Iterator[Any]:
-        """The slice of a tensor; what goes wrong while it is read names the file."""
-        file, original, source = self._slices[name]
+    def _readable(self, name: str, num_bytes: int) -> Iterator[Any]:
+        """A stored tensor, to read `num_bytes` of; what goes wrong meanwhile names the file."""
+        stored = self._stored[name]
         try:
-            yield source
+            self._bytes_mapped += num_bytes
+            if (
+                self._mapped is None
+                or self._mapped[0] != stored.file
+                or self._bytes_mapped > _MAX_MAPPED_BYTES
+            ):
+                self._mapped = None  # before the next one is there
+                self._mapped = stored.file, safe_open(str(stored.file), framework="pt")
+                self._bytes_mapped = num_bytes
+            yield self._mapped[1].get_slice(stored.name)
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{file}: must be a complete safetensors file, {original} cannot be read: {error}"
+                f"{stored.file}: must be a complete safetensors file, {stored.name} cannot be "
+                f"read: {error}"
             ) from None
 
 
