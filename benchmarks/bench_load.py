@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 import nld_cuda
-from nld_cuda.bench.environment import environment
+from nld_cuda.bench.environment import environment, script_command
 from nld_cuda.bench.grid import MODELS
 
 INNER = {"3B": 9216, "8B": 14336, "14B": 16384}
@@ -167,6 +167,7 @@ def main() -> None:
     child += ["--device", options.device, "--dtype", options.dtype]
     result = json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
     result |= {"cold": options.cold, "shape": options.model}
+    result["benchmark"], result["command"] = "load", script_command()
     result["environment"] = environment(torch.device(options.device).type)
     over = result["peak_over_weights"]
     print(

@@ -124,6 +124,28 @@ def details() -> Iterator[str]:
         yield build_tables(document)
         yield ""
         yield f"{env['cpu']}, {env['num_cpus']} cores, {env['date'][:10]}, commit {env['commit']}"
+    yield from loading()
+
+
+def loading() -> Iterator[str]:
+    """Lay out how long a checkpoint takes to load, and the memory."""
+    for path in sorted((ROOT / "benchmarks/results").glob("load_*.json")):
+        document = load(path.stem)
+        yield ""
+        yield f"## Loading: `{document['command']}`"
+        yield ""
+        yield "| weights | device | files | time | GB/s | peak resident memory |"
+        yield "|---|---|---|---|---|---|"
+        over = document["peak_over_weights"]
+        memory = f"{document['peak_bytes'] / 2**20:.0f} MiB"
+        yield (
+            f"| {document['weight_bytes'] / 2**20:.0f} MiB {document['dtype']} "
+            f"| {document['device']} | {'cold' if document['cold'] else 'in the page cache'} "
+            f"| {document['seconds']:.1f} s | {document['gb_per_second']:.2f} "
+            f"| {memory}{'' if over is None else f', {over:.3f} x the weights'} |"
+        )
+        yield ""
+        yield source(document).partition(", ")[2]
 
 
 def predictions() -> Iterator[str]:
