@@ -243,7 +243,8 @@ def test_traffic(tile_rows: int, gpu: int, size: int, backend) -> None:
     real = ops._nld
     try:
         ops._nld = library.ops
-        plan, tiles = splits_of(args, options, case)
+        with clusters(size, case, gpu, library):  # a plan made for other room would be followed
+            plan, tiles = splits_of(args, options, case)
         with (
             clusters(size, case, gpu, library),
             library.traffic() as all_memory,

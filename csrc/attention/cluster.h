@@ -31,6 +31,8 @@ int32_t attention_cluster_size(const PlanShape& shape, int64_t num_kv_heads, int
   if (shape.split_len > 0) return 1;  // the caller says where splits lie
   const int64_t wanted = attention_usual_tiles(shape) * num_kv_heads;
   const int64_t wave = attention_wave(shape.tile_rows, num_kv_heads, num_sms);
+  // A plan with other room than attention_plan leaves was cut by somebody who wants just these splits (tune.py).
+  if (shape.max_items != attention_max_items(shape.max_tiles, wave, max_seq_len, 0)) return 1;
   for (int64_t size = kMaxClusterSize; size > 1 && wanted > 0; size /= 2) {
     const int64_t more_keys = max_seq_len / size - max_seq_len / wave;
     if (more_keys * attention_key_ns(shape.tile_rows) > kClusterRegretNs) break;  // smaller clusters: more still

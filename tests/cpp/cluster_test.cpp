@@ -47,24 +47,28 @@ void check(const Case& c) {
   const int64_t total_q = c.batch * c.rows;
   const int32_t tile_rows = nld::attention_tile_rows(total_q, c.batch, kHeadsPerKv, 0);
   const int64_t max_tiles = nld::attention_max_tiles(total_q, c.batch, kHeadsPerKv, tile_rows);
-  nld::PlanShape shape = {static_cast<int32_t>(total_q),
-                          static_cast<int32_t>(c.batch),
-                          static_cast<int32_t>(kHeadsPerKv),
-                          0,
-                          tile_rows,
-                          static_cast<int32_t>(max_tiles),
-                          0};
+  const int64_t wave = nld::attention_wave(tile_rows, kKvHeads, kSms);
+  const int64_t max_items = nld::attention_max_items(max_tiles, wave, c.max_seq_len, 0);
+  const nld::PlanShape shape = {
+      static_cast<int32_t>(total_q),   static_cast<int32_t>(c.batch),  static_cast<int32_t>(kHeadsPerKv), 0, tile_rows,
+      static_cast<int32_t>(max_tiles), static_cast<int32_t>(max_items)};
   const auto resident = [&](int32_t size) {
     return size > c.largest ? 0 : 128 * nld::attention_ctas_per_sm(tile_rows) / size;
   };
-  const auto size_of = [&] { return nld::attention_cluster_size(shape, kKvHeads, c.max_seq_len, kSms, resident); };
-  if (const int32_t size = size_of(); size != c.wanted) {
+  const auto size_of = [&](const nld::PlanShape& of) {
+    return nld::attention_cluster_size(of, kKvHeads, c.max_seq_len, kSms, resident);
+  };
+  if (const int32_t size = size_of(shape); size != c.wanted) {
     ++num_failures;
     std::printf("%d requests of %d rows, %d keys, clusters up to %d: %d, wanted %d\n", static_cast<int>(c.batch),
                 static_cast<int>(c.rows), static_cast<int>(c.max_seq_len), c.largest, size, c.wanted);
   }
-  shape.split_len = 64;
-  num_failures += size_of() != 1;
+  nld::PlanShape cut_by_caller = shape;
+  ++cut_by_caller.max_items;
+  num_failures += size_of(cut_by_caller) != 1;
+  nld::PlanShape fixed_splits = shape;
+  fixed_splits.split_len = 64;
+  num_failures += size_of(fixed_splits) != 1;
 }
 
 }  // namespace
