@@ -205,6 +205,7 @@ def load(
     lora: str | Path | None = "auto",
     progress: Callable[[int, int], None] | None = None,
     kv_dtype: torch.dtype | str = "auto",
+    products: str = "auto",
 ) -> NLDModel:
     """Load a checkpoint folder, or a model that comes with the package.
 
@@ -220,18 +221,25 @@ def load(
         kv_dtype: of the caches: "auto" (the model's), or "fp8" (torch.float8_e4m3fn): half the
             memory and traffic of bfloat16, four bits of precision less. Its scales are 1 unless
             `calibrate_kv` is called.
+        products: with quantised weights: "auto" (weights stay as stored; activations are rounded to
+            fp8 where the checkpoint asks for it and the GPU multiplies fp8), "dense" (weights are
+            expanded on loading: more memory, faster on a CPU), "fp8" (fp8 weights only: activations
+            are always rounded).
 
     Raises:
         FileNotFoundError: no such folder or name, or a file is missing in it.
         TypeError: path_or_name is no path.
-        ValueError: config, tensors, tokenizer, device, dtype or kv_dtype break a rule (all are
-            named).
+        ValueError: config, tensors, tokenizer, device, dtype, kv_dtype or products break a rule
+            (all are named).
         NotImplementedError: the checkpoint or device needs what this package does not have.
     """
     if kv_dtype not in ("auto", "fp8", torch.float8_e4m3fn):
         raise ValueError(f"load: kv_dtype must be auto or fp8, got {kv_dtype}")
     folder = checkpoint_folder(path_or_name)
-    weights = load_model(folder, device, dtype, None if lora == "none" else lora, progress=progress)
+    weights = load_model(
+        folder, device, dtype, None if lora == "none" else lora, products=products,
+        progress=progress,
+    )  # fmt: skip
     model = NLDModel(
         weights.config, weights.embed, weights.layers, weights.norm, weights.head,
         tokenizer=Tokenizer.from_folder(folder), folder=folder,

@@ -33,6 +33,7 @@ type /help for what can be changed during a conversation
 """
 QUANTIZE_EXAMPLES = """examples:
   nld quantize path/to/checkpoint path/to/checkpoint-int4
+  nld quantize path/to/checkpoint path/to/checkpoint-fp8 --format fp8
   nld generate "..." --model path/to/checkpoint-int4
 """
 
@@ -102,15 +103,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_bench_command(commands)
 
     quantize = commands.add_parser(
-        "quantize", help="write a checkpoint with 4-bit weights", epilog=QUANTIZE_EXAMPLES,
+        "quantize", help="write a checkpoint with 4-bit or fp8 weights", epilog=QUANTIZE_EXAMPLES,
         formatter_class=raw,
     )  # fmt: skip
     quantize.add_argument("source", metavar="IN", help="checkpoint folder with dense weights")
     quantize.add_argument("target", metavar="OUT", help="folder to write; goes on where it stopped")
-    quantize.add_argument("--format", choices=("int4",), default="int4", help="(default: int4)")
     quantize.add_argument(
-        "--group-size", type=int, default=128, choices=(32, 64, 128, 256),
-        help="inputs that share a scale (default: %(default)s)",
+        "--format", choices=("int4", "fp8"), default="int4", help="(default: %(default)s)"
+    )
+    quantize.add_argument(
+        "--group-size", type=int, choices=(32, 64, 128, 256),
+        help="inputs that share a scale, int4 only (default: 128)",
     )  # fmt: skip
     quantize.add_argument("--head", action="store_true", help="quantise the head as well")
     quantize.set_defaults(run=run_quantize)
@@ -168,6 +171,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-dtype", default="auto", choices=("auto", "fp8"),
         help="of the key/value cache: auto is the model's, fp8 halves it (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--products", default="auto", choices=("auto", "dense", "fp8"),
+        help="with quantised weights: auto keeps them as stored, dense expands them (more memory, "
+        "faster on a CPU), fp8 rounds activations too (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--lora", default="auto", metavar="PATH",
@@ -252,6 +260,7 @@ def load_model(args: argparse.Namespace) -> Any:
             device=args.device,
             dtype=args.dtype,
             kv_dtype=args.kv_dtype,
+            products=args.products,
             lora=args.lora,
             progress=progress,
         )
@@ -383,10 +392,12 @@ def run_quantize(args: argparse.Namespace) -> int:
 
     with progress_line(f"quantising {args.source}", sys.stderr.isatty()) as progress:
         summary = quantize(
-            args.source, args.target, group_size=args.group_size, head=args.head, progress=progress
-        )
+            args.source, args.target, format=args.format, group_size=args.group_size,
+            head=args.head, progress=progress,
+        )  # fmt: skip
     print(
-        f"{args.target}: {summary.num_quantized} matrices in 4 bits, "
+        f"{args.target}: {summary.num_quantized} matrices in "
+        f"{'4 bits' if args.format == 'int4' else 'fp8'}, "
         f"{summary.source_bytes / 2**20:.0f} -> {summary.target_bytes / 2**20:.0f} MiB"
     )
     return 0

@@ -1,4 +1,4 @@
-"""`quantize`: a checkpoint with 4-bit weights from a dense one, shard by shard."""
+"""`quantize`: a checkpoint with 4-bit or fp8 weights from a dense one, shard by shard."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from torch import Tensor
 from nld_cuda.api import checkpoint_folder
 from nld_cuda.model.checkpoint import EMBEDDING, canonical_name, matrix_shapes
 from nld_cuda.model.config import ModelConfig
+from nld_cuda.model.fp8 import quantize as to_fp8
 from nld_cuda.model.int4 import GROUP_SIZES, pack_words
 from nld_cuda.model.int4 import quantize as to_int4
 from nld_cuda.model.json_files import read_json_object
 from nld_cuda.model.tensor_files import INDEX_NAME, TensorFiles, checkpoint_files
+
+FORMATS = ("int4", "fp8")
 
 HEAD = "diffusion_head.weight"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -32,7 +35,7 @@ class QuantizeSummary:
     """What `quantize` wrote.
 
     Attributes:
-        num_quantized: matrices in 4 bits.
+        num_quantized: matrices in 4 bits or fp8.
         num_resumed: shards that an earlier call had written.
         source_bytes, target_bytes: of the tensors.
     """
@@ -47,21 +50,27 @@ def quantize(
     source: str | Path,
     target: str | Path,
     *,
-    group_size: int = 128,
+    format: str = "int4",
+    group_size: int | None = None,
     head: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> QuantizeSummary:
-    """Round the matrices of a checkpoint to 4 bits, in compressed-tensors' pack-quantized layout.
+    """Round the matrices of a checkpoint to 4 bits or fp8, in compressed-tensors' layouts.
 
-    Round to nearest, symmetric, one bfloat16 scale per group. The embedding, norms and (unless
-    asked) the head stay as they are, and so does the draft adapter. Each shard is written whole or
-    not at all and found again by the next call; config.json comes last, so a folder that has one is
-    complete.
+    Round to nearest, symmetric, bfloat16 scales. int4: one for each group of inputs, layout
+    pack-quantized. fp8: one for each output, layout float-quantized; config.json asks for
+    activations rounded to fp8 as well, by a scale per token, which readers do where they can.
+
+    The embedding, norms and (unless asked) the head stay as they are, and so does the draft
+    adapter. Each shard is written whole or not at all and found again by the next call; config.json
+    comes last, so a folder that has one is complete.
 
     Args:
         source: checkpoint folder with dense weights, or the packaged model's name.
         target: folder to write; made where it is missing.
-        group_size: inputs that share a scale: 32, 64, 128 or 256, and a divisor of every matrix.
+        format: "int4" or "fp8".
+        group_size: inputs that share a scale, int4 only: 32, 64, 128 (the default) or 256, and a
+            divisor of every matrix.
         head: quantise the head as well; not where it is tied to the embedding.
         progress: called with (bytes read, bytes in all) after each tensor.
 
@@ -71,10 +80,16 @@ def quantize(
     """
     folder, out = checkpoint_folder(source), Path(target)
     config = ModelConfig.from_file(folder)
-    if config.int4 is not None:
+    if config.quantization is not None:
         raise ValueError(f"quantize: source must have dense weights, {folder} is quantised already")
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"quantize: group_size must be one of {GROUP_SIZES}, got {group_size}")
+    if format not in FORMATS:
+        raise ValueError(f"quantize: format must be {' or '.join(FORMATS)}, got {format!r}")
+    if format == "fp8" and group_size is not None:
+        raise ValueError(f"quantize: group_size must be None for fp8, got {group_size}")
+    if format == "int4":
+        group_size = 128 if group_size is None else group_size
+        if group_size not in GROUP_SIZES:
+            raise ValueError(f"quantize: group_size must be one of {GROUP_SIZES}, got {group_size}")
     if head and config.tie_word_embeddings:
         raise ValueError("quantize: head must be False where it is tied to the embedding, got True")
     if out.exists() and out.samefile(folder):
@@ -82,7 +97,7 @@ def quantize(
     kept = {EMBEDDING} | (set() if head else {HEAD})
     matrices = {n: s for n, s in matrix_shapes(config).items() if n not in kept}
     for name, shape in matrices.items():
-        if shape[1] % group_size:
+        if group_size is not None and shape[1] % group_size:
             fitting = [g for g in GROUP_SIZES if all(s[1] % g == 0 for s in matrices.values())]
             raise ValueError(
                 f"quantize: group_size must divide the {shape[1]} inputs of {name} "
@@ -92,7 +107,8 @@ def quantize(
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").unlink(missing_ok=True)
 
-    mark = f"int4 group_size={group_size} head={head} of {folder.resolve()}"
+    settings = f"int4 group_size={group_size}" if format == "int4" else format
+    mark = f"{settings} head={head} of {folder.resolve()}"
     total = sum(file.stat().st_size for file in files.files)
     weight_map: dict[str, str] = {}
     done = num_resumed = num_quantized = target_bytes = 0
@@ -111,7 +127,7 @@ def quantize(
         else:
             num_resumed += 1
             done += sum(map(files.num_bytes, files.names(file)))
-        num_quantized += sum(name.endswith("_packed") for name in written)
+        num_quantized += sum(name.endswith(".weight_scale") for name in written)
         target_bytes += (out / file.name).stat().st_size
         weight_map |= dict.fromkeys(written, file.name)
     if (folder / INDEX_NAME).is_file():
@@ -119,10 +135,17 @@ def quantize(
         (out / INDEX_NAME).write_text(json.dumps(index, indent=1))
     _copy_the_rest(folder, out)
     fields = read_json_object(folder / "config.json")
-    ignored = [] if head or HEAD not in files else [files.original(HEAD)]
-    fields["quantization_config"] = _config_group(group_size, ignored)
+    ignored = [] if head else [_head_name(files, config)]
+    fields["quantization_config"] = _quantization_config(group_size, ignored)
     (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     return QuantizeSummary(num_quantized, num_resumed, total, target_bytes)
+
+
+def _head_name(files: TensorFiles, config: ModelConfig) -> str:
+    """What the head is called in these files, or would be where it is tied and left out."""
+    if HEAD in files:
+        return files.original(HEAD)
+    return HEAD if config.mask_token_id is not None else "lm_head.weight"
 
 
 def _stored(
@@ -130,9 +153,9 @@ def _stored(
     name: str,
     original: str,
     matrices: dict[str, tuple[int, ...]],
-    group_size: int,
+    group_size: int | None,
 ) -> dict[str, Tensor]:
-    """What the new checkpoint holds of a tensor."""
+    """What the new checkpoint holds of a tensor; group_size None: fp8."""
     weight = files.read(name)
     if name not in matrices:
         return {original: weight}
@@ -140,6 +163,13 @@ def _stored(
         raise ValueError(
             f"{files.where(name)} must be {list(matrices[name])}, got {list(weight.shape)}"
         )
+    if files.dtype(name) is None:
+        raise ValueError(
+            f"{files.where(name)} must be floating-point, got {str(weight.dtype).split('.')[1]}"
+        )
+    if group_size is None:
+        codes, scales = to_fp8(weight)
+        return {original: codes, f"{original}_scale": scales}
     codes, scales = to_int4(weight, group_size)
     return {
         f"{original}_packed": pack_words(codes),
@@ -180,18 +210,26 @@ def _copy_the_rest(folder: Path, out: Path) -> None:
             shutil.copy2(item, out / item.name)
 
 
-def _config_group(group_size: int, ignored: list[str]) -> dict[str, Any]:
-    weights = {
-        "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
-        "group_size": group_size, "dynamic": False, "actorder": None, "observer": "minmax",
-    }  # fmt: skip
+def _quantization_config(group_size: int | None, ignored: list[str]) -> dict[str, Any]:
+    common = {"symmetric": True, "actorder": None}
+    if group_size is not None:
+        name, activations = "pack-quantized", None
+        weights = {
+            "num_bits": 4, "type": "int", "strategy": "group", "group_size": group_size,
+            "dynamic": False, "observer": "minmax", **common,
+        }  # fmt: skip
+    else:
+        name = "float-quantized"
+        kind = {"num_bits": 8, "type": "float", "group_size": None, **common}
+        weights = {"strategy": "channel", "dynamic": False, "observer": "minmax", **kind}
+        activations = {"strategy": "token", "dynamic": True, "observer": None, **kind}
     group = {
         "targets": ["Linear"], "weights": weights,
-        "input_activations": None, "output_activations": None,
+        "input_activations": activations, "output_activations": None,
     }  # fmt: skip
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": name,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": [name.removesuffix(".weight") for name in ignored],

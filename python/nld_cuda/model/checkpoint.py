@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from nld_cuda.model.config import DTYPES, ModelConfig
-from nld_cuda.model.int4 import can_multiply, dequantize, make_matrix
+from nld_cuda.model.fp8 import scaled_product
+from nld_cuda.model.fp8_files import Fp8Files
 from nld_cuda.model.int4_files import Int4Files
-from nld_cuda.model.linear import Lora, Weight
+from nld_cuda.model.linear import Lora, QuantizedMatrix, Weight
 from nld_cuda.model.lora import ADAPTER_FOLDER, load_lora
+from nld_cuda.model.quantization import Fp8Config, Int4Config
 from nld_cuda.model.tensor_files import Progress, TensorFiles, checkpoint_files
 from nld_cuda.model.transformer import Layer, NLDModel
 
@@ -56,10 +59,33 @@ RENAMED_PREFIXES = (
     ("lm_head.", "diffusion_head."),
 )
 
-EMBEDDING = "encoder.embed_tokens.weight"  # looked up, not multiplied: never in 4 bits
+EMBEDDING = "encoder.embed_tokens.weight"  # looked up, not multiplied: never quantised
+
+# How products with quantised weights are computed; see `load_model`.
+PRODUCTS = ("auto", "dense", "fp8")
 
 # Tensors that hold no weight: old files store the rotary frequencies that config.json implies.
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
+
+
+class StoredFormat(Protocol):
+    """A way in which checkpoints store quantised matrices."""
+
+    def holds(self, name: str) -> bool:
+        """Whether the matrix `name` is stored so; told by the tensors that are there."""
+
+    def stored(
+        self, name: str, shape: tuple[int, ...]
+    ) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+        """Name, shape and possible dtypes of each stored tensor of a matrix `[out, in]`."""
+
+    def matrix(
+        self, shapes: dict[str, tuple[int, ...]], device: torch.device, products: str
+    ) -> QuantizedMatrix | None:
+        """One matrix of all that `shapes` names, one below the other; None: has to be dense."""
+
+    def copy_to(self, name: str, target: Tensor) -> None:
+        """Write the dense matrix, each weight rounded once to the dtype of `target`."""
 
 
 def canonical_name(name: str) -> str:
@@ -76,13 +102,14 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     lora: str | Path | None = "auto",
     *,
+    products: str = "auto",
     progress: Progress | None = None,
 ) -> NLDModel:
     """Load the weights of a checkpoint folder.
 
     Files are memory-mapped and copied piece by piece to their final place: memory peaks at the size
-    of the loaded weights. Matrices in 4 bits stay so where the model computes in bfloat16 (then
-    also the default) and torch has a product for their shape; else they are expanded.
+    of the loaded weights. Quantised matrices stay as stored where the model computes in bfloat16
+    (then also the default) and there is a product for them; else they are expanded.
 
     Args:
         path: folder with config.json and model.safetensors or model.safetensors.index.json.
@@ -90,12 +117,17 @@ def load_model(
         dtype: of all weights; "auto" is the checkpoint's own. float32, bfloat16 or float16.
         lora: draft adapter: a folder in PEFT layout, None for none; "auto" is `linear_spec_lora` in
             `path` where there is one.
+        products: with quantised weights. "auto": activations are rounded to fp8 only where the
+            checkpoint asks for it and the GPU multiplies fp8. "dense": weights are expanded on
+            loading, which takes their memory. "fp8" (fp8 weights only): activations are always
+            rounded, by a scale per token where the checkpoint has none.
         progress: called with (bytes done, bytes in all, of dense weights) now and then.
 
     Raises:
         FileNotFoundError: a folder or file is missing.
         ValueError: config.json breaks a rule; a file is corrupt; tensors are unknown, missing or of
-            the wrong shape (all are listed); device or dtype is unknown.
+            the wrong shape (all are listed); device, dtype or products is unknown, or products
+            is "fp8" and weights are not.
         NotImplementedError: the checkpoint, or the device, needs what this package does not have.
     """
     folder = Path(path)
@@ -106,32 +138,41 @@ def load_model(
     tied = config.tie_word_embeddings
     plan = _plan(config)
     extra = {"diffusion_head.weight"} if tied else set()
-    int4 = Int4Files(files, config.int4) if config.int4 is not None else None
+    stored_format = _stored_format(files, config)
     expected: dict[str, tuple[int, ...]] = {}
-    integers = set()
+    dtypes: dict[str, tuple[str, ...]] = {}
+    quantised = set()
     for name, (_, _, shape) in plan.items():
-        if int4 is None or not int4.holds(name) or name == EMBEDDING:
+        is_matrix = len(shape) == 2 and name != EMBEDDING
+        if stored_format is None or not is_matrix or not stored_format.holds(name):
             expected[name] = shape
             continue
-        for stored, (stored_shape, is_integer) in int4.stored_names(name, shape).items():
-            expected[stored] = stored_shape
-            integers |= {stored} if is_integer else set()
-    files.check(
-        expected, lambda name: name in extra or IGNORED.fullmatch(name) is not None, integers
-    )
+        quantised.add(name)
+        for stored, (stored_shape, possible) in stored_format.stored(name, shape).items():
+            expected[stored], dtypes[stored] = stored_shape, possible
+    files.check(expected, lambda name: name in extra or IGNORED.fullmatch(name) is not None, dtypes)
     target_device = resolve_device(device)
     target_dtype = _resolve_dtype(dtype, config, files)
+    _check_products(products, config, target_device, target_dtype)
+    stays = products != "dense" and target_dtype == torch.bfloat16
 
     parameters: dict[Place, Weight] = {}
     done, total = 0, sum(_count(shape) for _, _, shape in plan.values()) * target_dtype.itemsize
     for place, names in _by_place(plan).items():
         shapes = {name: plan[name][2] for name in names}
-        parameters[place] = _read_weight(files, int4, shapes, target_device, target_dtype)
+        parameter: Weight | None = None
+        if stays and stored_format is not None and quantised.issuperset(shapes):
+            parameter = stored_format.matrix(shapes, target_device, products)
+        if parameter is None:
+            parameter = _read_dense(
+                files, stored_format, quantised, shapes, target_device, target_dtype
+            )
+        parameters[place] = parameter
         done += sum(map(_count, shapes.values())) * target_dtype.itemsize
         if progress is not None:
             progress(done, total)
     embed, norm = parameters[None, "embed"], parameters[None, "norm"]
-    assert isinstance(embed, Tensor) and isinstance(norm, Tensor)  # see Int4Files.holds
+    assert isinstance(embed, Tensor) and isinstance(norm, Tensor)  # no format holds them
     if tied and "diffusion_head.weight" in files:
         _check_tied(files, embed, folder)
 
@@ -176,8 +217,8 @@ def _resolve_dtype(
 ) -> torch.dtype:
     if dtype == "auto":
         found = config.dtype or files.dtype(EMBEDDING)
-        if config.int4 is not None:
-            found = torch.bfloat16  # what torch's 4-bit products take
+        if config.quantization is not None:
+            found = torch.bfloat16  # what quantised products take
     else:
         found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found not in DTYPES.values():
@@ -226,29 +267,50 @@ def _by_place(plan: Plan) -> dict[Place, list[str]]:
     return names
 
 
-def _read_weight(
+def _stored_format(files: TensorFiles, config: ModelConfig) -> StoredFormat | None:
+    if isinstance(config.quantization, Int4Config):
+        return Int4Files(files, config.quantization)
+    if isinstance(config.quantization, Fp8Config):
+        return Fp8Files(files, config.quantization)
+    return None
+
+
+def _check_products(
+    products: str, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> None:
+    if products not in PRODUCTS:
+        raise ValueError(f"load: products must be {', '.join(PRODUCTS)}, got {products!r}")
+    if products != "fp8":
+        return
+    if not isinstance(config.quantization, Fp8Config) or config.quantization.weights == "block":
+        raise ValueError(
+            "load: products must be auto or dense, fp8 needs weights in fp8 with a scale per "
+            "tensor or output, got 'fp8'"
+        )
+    if dtype != torch.bfloat16:
+        raise ValueError(f"load: dtype must be bfloat16 for fp8 products, got {dtype}")
+    if scaled_product(device) is None:
+        raise NotImplementedError(
+            f"load: products must be auto or dense, {device} does not multiply fp8, got 'fp8'"
+        )
+
+
+def _read_dense(
     files: TensorFiles,
-    int4: Int4Files | None,
+    stored_format: StoredFormat | None,
+    quantised: set[str],
     shapes: dict[str, tuple[int, ...]],
     device: torch.device,
     dtype: torch.dtype,
-) -> Weight:
-    """One parameter from the tensors whose rows it holds; in 4 bits if all of it can stay so."""
+) -> Tensor:
+    """One parameter from the tensors whose rows it holds, dense."""
     rows = sum(shape[0] for shape in shapes.values())
-    first = next(iter(shapes.values()))
-    quantised = [name for name in shapes if int4 is not None and int4.holds(name)]
-    if int4 is not None and len(quantised) == len(shapes) and dtype == torch.bfloat16:
-        inputs = first[1]
-        if can_multiply((rows, inputs), int4.group_size(first), device):
-            parts = [int4.read(name, shape) for name, shape in shapes.items()]
-            codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-            return make_matrix(codes, scales, device)
-    weight = torch.empty((rows, *first[1:]), dtype=dtype, device=device)
+    weight = torch.empty((rows, *next(iter(shapes.values()))[1:]), dtype=dtype, device=device)
     begin = 0
     for name, shape in shapes.items():
         target = weight[begin : begin + shape[0]]
-        if int4 is not None and name in quantised:
-            target.copy_(dequantize(*int4.read(name, shape)))
+        if stored_format is not None and name in quantised:
+            stored_format.copy_to(name, target)
         else:
             files.copy_to(name, target)
         begin += shape[0]

@@ -11,6 +11,7 @@ import torch
 
 from nld_cuda.model.fields import Fields
 from nld_cuda.model.json_files import read_json_object
+from nld_cuda.model.quantization import Fp8Config, Int4Config, read_quantization
 
 TRI_MODE_TYPES = ("nemotron_labs_diffusion",)
 # The same layers without a mask token, in transformers' own layout: mode ar only.
@@ -65,19 +66,6 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
-class Int4Config:
-    """4-bit weights of a checkpoint: symmetric, one scale for a group of inputs.
-
-    Attributes:
-        format: "compressed-tensors" (pack-quantized), "gptq" or "gptq_v2".
-        group_size: inputs that share a scale; None: all inputs of an output.
-    """
-
-    format: str
-    group_size: int | None
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """Shapes and constants of one checkpoint, checked.
 
@@ -94,7 +82,7 @@ class ModelConfig:
         eos_token_ids: every id that ends a text, possibly none.
         block_size: diffusion block length of the training, the default of the decode modes.
         rope: rotary embedding.
-        int4: how weights are quantised, None where they are not.
+        quantization: how matrices are stored, None: dense.
     """
 
     vocab_size: int
@@ -114,7 +102,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     block_size: int
     rope: RopeConfig
-    int4: Int4Config | None = None
+    quantization: Int4Config | Fp8Config | None = None
 
     @property
     def q_size(self) -> int:
@@ -180,7 +168,7 @@ class ModelConfig:
             eos_token_ids=_eos_token_ids(read, vocab_size),
             block_size=read.count("block_size", default=32),
             rope=_rope(read, head_dim, max_positions),
-            int4=_int4(read),
+            quantization=read_quantization(read),
         )
 
 
@@ -253,46 +241,3 @@ def _rope(read: Fields, head_dim: int, max_positions: int) -> RopeConfig:
         high_freq_factor=high_freq_factor,
         query_scale_beta=beta,
     )  # fmt: skip
-
-
-def _int4(read: Fields) -> Int4Config | None:
-    """Accept symmetric 4-bit weights with 16-bit activations, in the formats we read."""
-    values = read.get("quantization_config")
-    if values is None:
-        return None
-    if not isinstance(values, dict):
-        read.fail("quantization_config", "be an object", values)
-    fields = Fields(values, read.source, "quantization_config.")
-    fields.supported("quant_method", ("compressed-tensors", "gptq"), required=True)
-    if values["quant_method"] == "gptq":
-        fields.supported("bits", (4,), required=True)
-        fields.supported("sym", (True,))
-        fields.supported("desc_act", (False,))
-        fields.supported("checkpoint_format", ("gptq", "gptq_v2"))
-        return Int4Config(fields.get("checkpoint_format", "gptq"), _group_size(fields))
-    fields.supported("format", ("pack-quantized",), required=True)
-    groups = fields.required("config_groups", None)
-    if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
-        fields.fail("config_groups", "be an object of objects", groups)
-    sizes = set()
-    for name, group in groups.items():
-        outer = Fields(group, read.source, f"quantization_config.config_groups.{name}.")
-        outer.supported("input_activations", (None,))
-        outer.supported("output_activations", (None,))
-        weights = outer.required("weights", None)
-        if not isinstance(weights, dict):
-            outer.fail("weights", "be an object", weights)
-        inner = Fields(weights, read.source, f"{outer.prefix}weights.")
-        inner.supported("num_bits", (4,), required=True)
-        inner.supported("type", ("int",))
-        inner.supported("symmetric", (True,))
-        inner.supported("strategy", ("group", "channel"), required=True)
-        inner.supported("actorder", (None, "static", "weight"))  # stored in the given order
-        sizes.add(None if weights["strategy"] == "channel" else _group_size(inner))
-    if len(sizes) != 1:
-        fields.fail("config_groups", "have one group_size for all", sorted(map(str, sizes)))
-    return Int4Config("compressed-tensors", sizes.pop())
-
-
-def _group_size(fields: Fields) -> int | None:
-    return None if fields.get("group_size") == -1 else fields.count("group_size")

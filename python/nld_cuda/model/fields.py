@@ -60,6 +60,15 @@ class Fields:
             self.fail(name, f"be a token id in [0, {vocab_size})", value)
         return int(value)
 
+    def object(self, name: str) -> Fields | None:
+        """Fields of an object inside this one, None where it is absent."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            self.fail(name, "be an object", value)
+        return Fields(value, self.source, f"{self.prefix}{name}.")
+
     def supported(self, name: str, values: tuple[Any, ...], required: bool = False) -> None:
         value = self.required(name, None) if required else self.get(name)
         if value is not None and value not in values:

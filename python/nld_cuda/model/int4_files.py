@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from nld_cuda.model import int4
-from nld_cuda.model.config import Int4Config
-from nld_cuda.model.tensor_files import TensorFiles
+from nld_cuda.model.int4 import Int4Matrix
+from nld_cuda.model.quantization import Int4Config
+from nld_cuda.model.tensor_files import FLOAT_DTYPES, INTEGER_DTYPES, TensorFiles
 
 Shape = tuple[int, ...]
 
@@ -16,7 +17,7 @@ class Int4Files:
     """Which matrices of a checkpoint are quantised, and their codes and scales.
 
     Whether a matrix is quantised is told by the tensors that are there, not by the lists of modules
-    in config.json, which differ from writer to writer.
+    in config.json, which differ from writer to writer. See `checkpoint.StoredFormat`.
     """
 
     def __init__(self, files: TensorFiles, config: Int4Config) -> None:
@@ -32,8 +33,8 @@ class Int4Files:
         """Inputs that share a scale, of a matrix `[out, in]`."""
         return self._config.group_size or shape[1]
 
-    def stored_names(self, name: str, shape: Shape) -> dict[str, tuple[Shape, bool]]:
-        """Name, shape and whether it holds integers of each stored tensor of a matrix `[out, in]`.
+    def stored(self, name: str, shape: Shape) -> dict[str, tuple[Shape, tuple[str, ...]]]:
+        """Name, shape and possible dtypes of each stored tensor of a matrix `[out, in]`.
 
         Raises:
             ValueError: its groups, or the words of 8 codes, do not divide it.
@@ -46,21 +47,44 @@ class Int4Files:
                 + (", whose sides must be multiples of 8" if self._is_gptq else "")
             )
         groups = inputs // group_size
-        parts: dict[str, tuple[Shape, bool]]
+        floats = tuple(FLOAT_DTYPES)
+        parts: dict[str, tuple[Shape, tuple[str, ...]]]
         if self._is_gptq:
             parts = {
-                "qweight": ((inputs // 8, out), True),
-                "qzeros": ((groups, out // 8), True),
-                "scales": ((groups, out), False),
-                "g_idx": ((inputs,), True),
+                "qweight": ((inputs // 8, out), INTEGER_DTYPES),
+                "qzeros": ((groups, out // 8), INTEGER_DTYPES),
+                "scales": ((groups, out), floats),
+                "g_idx": ((inputs,), INTEGER_DTYPES),
             }
         else:
             parts = {
-                "weight_packed": ((out, -(-inputs // 8)), True),
-                "weight_scale": ((out, groups), False),
-                "weight_shape": ((2,), True),
+                "weight_packed": ((out, -(-inputs // 8)), INTEGER_DTYPES),
+                "weight_scale": ((out, groups), floats),
+                "weight_shape": ((2,), INTEGER_DTYPES),
             }
         return {self._stored(name, suffix): part for suffix, part in parts.items()}
+
+    def matrix(
+        self, shapes: dict[str, Shape], device: torch.device, products: str
+    ) -> Int4Matrix | None:
+        """One matrix of all that `shapes` names, one below the other; None: torch has no product.
+
+        Raises: as `read`.
+        """
+        first = next(iter(shapes.values()))
+        rows = sum(shape[0] for shape in shapes.values())
+        if not int4.can_multiply((rows, first[1]), self.group_size(first), device):
+            return None
+        parts = [self.read(name, shape) for name, shape in shapes.items()]
+        codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return int4.make_matrix(codes, scales, device)
+
+    def copy_to(self, name: str, target: Tensor) -> None:
+        """Write the dense matrix, each weight rounded once to the dtype of `target`.
+
+        Raises: as `read`.
+        """
+        target.copy_(int4.dequantize(*self.read(name, tuple(target.shape))))
 
     def read(self, name: str, shape: Shape) -> tuple[Tensor, Tensor]:
         """Codes `[out, in]` int32 and scales `[out, groups]` as stored.

@@ -1,19 +1,30 @@
 """Matrix products of the forward pass, on weights stored `[out, in]` as checkpoints store them.
 
 Each function writes where its result belongs, so the forward pass holds no code about how a weight
-is stored: dense, or in 4 bits.
+is stored: dense, or quantised.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from nld_cuda.model.int4 import Int4Matrix
 
-Weight = Tensor | Int4Matrix
+class QuantizedMatrix(Protocol):
+    """What the model needs of a matrix `[out, in]` that is no tensor."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def num_bytes(self) -> int: ...
+    def numel(self) -> int: ...
+    def product(self, x: Tensor) -> Tensor: ...
+
+
+Weight = Tensor | QuantizedMatrix
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +153,10 @@ class TensorFiles:
         """Dtype of a tensor, None where it is no floating-point type this package reads."""
         return FLOAT_DTYPES.get(self._stored[name].dtype)
 
+    def stored_dtype(self, name: str) -> str:
+        """Dtype of a tensor as safetensors names it."""
+        return self._stored[name].dtype
+
     def where(self, name: str) -> str:
         """File and original name of a tensor, for errors."""
         return f"{self._stored[name].file}: {self._stored[name].name}"
@@ -171,9 +175,9 @@ class TensorFiles:
         self,
         expected: Mapping[str, tuple[int, ...]],
         ignored: Callable[[str], bool],
-        integers: Collection[str] = (),
+        dtypes: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
-        """Compare with the expected names and shapes; tensors in `integers` must hold integers.
+        """Compare with the expected names, shapes and `dtypes`, by default any of FLOAT_DTYPES.
 
         Raises:
             ValueError: lists every unknown, missing and misshapen tensor, and every one of a dtype
@@ -192,7 +196,7 @@ class TensorFiles:
             found = self._stored[name]
             if found.shape != shape:
                 misshapen.append(f"{found.name} {list(found.shape)}, expected {list(shape)}")
-            wanted = INTEGER_DTYPES if name in integers else tuple(FLOAT_DTYPES)
+            wanted = (dtypes or {}).get(name, tuple(FLOAT_DTYPES))
             if found.dtype not in wanted:
                 unreadable.append(
                     f"{found.name} {found.dtype}, expected one of {', '.join(wanted)}"
