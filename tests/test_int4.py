@@ -17,21 +17,16 @@ from torch import Tensor
 
 import nld_cuda
 from compare import assert_equal
-from model_session import Session, random_tokens, relative_error
+from model_session import random_tokens, relative_error
 from nld_cuda import cli
-from nld_cuda.model import NLDModel, int4, load_model
+from nld_cuda.model import int4, load_model
 from nld_cuda.model.int4 import Int4Matrix
-from nld_cuda.ops import MaskMode
 from nld_cuda.quantize import quantize
+from quantized_cases import SIDES, llama_weights, logits_of, small_llama
 from tiny_model import config_fields, random_lora, random_weights, write_checkpoint
 
 TINY = nld_cuda.api.ASSETS / "nld-tiny"
 CPU = torch.device("cpu")
-# Sides that 4-bit products take: multiples of 32 inputs, of 16 outputs.
-SIDES = {
-    "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 64, "num_hidden_layers": 2,
-}  # fmt: skip
 
 
 @settings(max_examples=60, deadline=None)
@@ -94,11 +89,6 @@ def test_which_matrices_are_multiplied_in_4_bits() -> None:
         assert not int4.can_multiply(shape, group_size, CPU)
     cuda = torch.device("cuda")
     assert int4.can_multiply((8, 256), 64, cuda) and not int4.can_multiply((12, 256), 64, cuda)
-
-
-def logits_of(model: NLDModel, tokens: Tensor, **options: Any) -> Tensor:
-    session = Session(model, 1, tokens.numel(), 4)
-    return session.run([tokens], [MaskMode.CAUSAL], **options)[0]
 
 
 def write_gptq(
@@ -180,15 +170,7 @@ def test_wrong_gptq_checkpoints(tmp_path: Path) -> None:
 def test_quantized_llama_is_read_alike_by_transformers(tmp_path: Path) -> None:
     """What `quantize` writes, decompressed by the compressed-tensors package itself."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        pad_token_id=None,
-    )  # fmt: skip
-    llama = transformers.AutoModelForCausalLM.from_config(config)
-    for parameter in llama.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    llama.save_pretrained(tmp_path / "dense", max_shard_size="60KB")
+    small_llama().save_pretrained(tmp_path / "dense", max_shard_size="60KB")
     summary = quantize(tmp_path / "dense", tmp_path / "int4", group_size=32)
     assert summary.num_quantized == 14
     options = transformers.CompressedTensorsConfig(dequantize=True)
@@ -196,13 +178,8 @@ def test_quantized_llama_is_read_alike_by_transformers(tmp_path: Path) -> None:
         tmp_path / "int4", quantization_config=options, dtype=torch.float32
     ).eval()
     dense = load_model(tmp_path / "int4", "cpu", "float32")
-    for ours, layer in zip(dense.layers, other.model.layers, strict=True):
-        attention, mlp = layer.self_attn, layer.mlp
-        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
-        pairs = ((ours.o, attention.o_proj.weight), (ours.gate_up, gate_up))
-        for mine, theirs in (*pairs, (ours.down, mlp.down_proj.weight)):
-            assert isinstance(mine, Tensor)
-            assert_equal(mine.bfloat16().float(), theirs.detach(), "they expand to bfloat16")
+    for mine, theirs in llama_weights(dense, other):
+        assert_equal(mine.bfloat16().float(), theirs, "they expand to bfloat16")
     (tokens,) = random_tokens({"vocab_size": 64}, 30)
     with torch.no_grad():
         expected = other(tokens[None]).logits[0].double()
@@ -286,22 +263,3 @@ def test_quantize_errors(tmp_path: Path, capsys: Any) -> None:
     assert stop.value.code == 0 and "28 matrices in 4 bits" in capsys.readouterr().out
     with pytest.raises(ValueError, match="is quantised already"):
         quantize(tmp_path / "q", tmp_path / "r", group_size=32)
-
-
-def test_nld_tiny_keeps_its_accuracy(tmp_path: Path) -> None:
-    """64 problems it was not trained on, in 4 bits: at most one more wrong than in float32."""
-    quantize(TINY, tmp_path, group_size=32)
-    problems = [json.loads(line) for line in (TINY / "heldout.jsonl").read_text().splitlines()]
-    problems = problems[:: len(problems) // 64][:64]
-    wrong = []
-    for folder in (TINY, tmp_path):
-        result = nld_cuda.generate(
-            nld_cuda.load(folder, device="cpu"),
-            [p["prompt"] for p in problems],
-            "linear_spec",
-            max_new_tokens=240,
-        )
-        assert result.text is not None
-        pairs = zip(result.text, problems, strict=True)
-        wrong.append(sum(text.strip() != p["answer"].strip() for text, p in pairs))
-    assert wrong[1] <= wrong[0] + 1

@@ -53,7 +53,7 @@ class Fp8Matrix:
 
     def product(self, x: Tensor) -> Tensor:
         """`x @ matrix.T`: x `[rows, in]`, result `[rows, out]`, both bfloat16."""
-        if self.scaled_product is None:
+        if self.scaled_product is None or not x.shape[0]:
             return self._widened_product(x)
         codes, scales = round_rows(x, self.input_scale)
         return scaled_mm(codes, scales, self.codes, self.scales, self.scaled_product)
@@ -125,7 +125,7 @@ def round_rows(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if scale is None:
         scales = (x.abs().amax(dim=1, keepdim=True).float() / LARGEST).clamp(min=1e-12)
     else:
-        scales = scale.expand(x.shape[0], 1).contiguous()
+        scales = scale.reshape(1, 1).repeat(x.shape[0], 1)
     return (x.float() / scales).clamp(-LARGEST, LARGEST).to(DTYPE), scales
 
 

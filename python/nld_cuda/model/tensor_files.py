@@ -168,7 +168,7 @@ class TensorFiles:
             ValueError: the file is damaged.
         """
         with self._readable(name, self.num_bytes(name)) as source:
-            found: Tensor = source[:]
+            found: Tensor = source[...]
         return found
 
     def check(

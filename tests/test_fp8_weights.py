@@ -1,0 +1,387 @@
+"""fp8 weights: rounding and products, formats against other packages, loading, writing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from compressed_tensors.compressors import NaiveQuantizationCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+import nld_cuda
+from compare import assert_equal
+from model_session import random_tokens, relative_error
+from nld_cuda import cli
+from nld_cuda.model import ModelConfig, NLDModel, fp8, load_model
+from nld_cuda.model.fp8 import Fp8Matrix
+from nld_cuda.quantize import quantize
+from quantized_cases import SIDES, llama_weights, logits_of, small_llama
+from tiny_model import config_fields, random_lora, random_weights, write_checkpoint
+
+TINY = nld_cuda.api.ASSETS / "nld-tiny"
+CPU = torch.device("cpu")
+ALL_CODES = torch.tensor([i for i in range(256) if i & 0x7F != 0x7F], dtype=torch.uint8)
+
+
+def test_widened_codes_are_exact() -> None:
+    codes = ALL_CODES.view(fp8.DTYPE)
+    assert codes.numel() == 254 and codes.float().abs().max() == fp8.LARGEST
+    assert_equal(fp8.widen(codes).float(), codes.float(), "widened")
+    assert fp8.widen(codes[128:129]).signbit().item() == codes[128:129].float().signbit().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dequantised_weights_are_rounded_once(dtype: torch.dtype) -> None:
+    codes = ALL_CODES.view(fp8.DTYPE).repeat(3).view(6, 127)
+    scales = torch.rand(6, 3) / 100
+    target = torch.empty(6, 127, dtype=dtype)
+    fp8.dequantize_into(target, codes, scales, 50)
+    wide = scales.repeat_interleave(50, dim=1)[:, :127]
+    assert_equal(target, (codes.double() * wide.double()).float().to(dtype), "weights")
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 33])
+def test_products(rows: int) -> None:
+    """Widened, the only errors are those of a sum in bfloat16; scaled, those of rounded rows."""
+    torch.manual_seed(0)
+    weight = torch.randn(48, 512) * torch.logspace(-3, 3, 48)[:, None]
+    codes, scales = fp8.quantize(weight)
+    step = weight.abs() / 16 + scales.float() / 512  # half a step of 3 bits, or of a subnormal
+    assert ((codes.float() * scales.float() - weight).abs() <= step * 1.01).all()
+    x = torch.randn(rows, 512).bfloat16()
+    matrix = Fp8Matrix(codes, scales.float())
+    assert matrix.shape == (48, 512) and matrix.numel() == 48 * 512
+    assert matrix.num_bytes == 48 * 512 + 48 * 4
+    exact = x.double() @ (codes.double() * scales.double()).T
+    assert matrix.product(x).shape == (rows, 48)
+    sizes = exact.abs() + 1e-3 * weight.double().norm(dim=1)
+    assert ((matrix.product(x).double() - exact).abs() <= sizes * 2**-7).all()
+    for scale in (None, torch.tensor(0.004)):
+        x_codes, x_scales = fp8.round_rows(x, scale)
+        rounded = x_codes.double() * x_scales.double()
+        expected = rounded @ (codes.double() * scales.double()).T
+        if scale is None and rows:
+            assert x_codes.float().abs().amax(dim=1).eq(fp8.LARGEST).all()
+        if scale is not None:
+            assert_equal(rounded.abs() <= 0.004 * 448 * 1.001, torch.ones_like(rounded).bool(), "")
+        for way in ("rows", "tensor"):
+            found = Fp8Matrix(codes, scales.float(), way, scale).product(x)
+            assert found.dtype == torch.bfloat16
+            assert torch.allclose(found.double(), expected, rtol=2**-7, atol=1e-3)
+    assert fp8.scaled_product(CPU) == "rows"
+
+
+def test_rows_of_zeros_are_rounded_to_zeros() -> None:
+    codes, scales = fp8.round_rows(torch.zeros(2, 16, dtype=torch.bfloat16))
+    assert (codes.float() == 0).all() and scales.isfinite().all() and (scales > 0).all()
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+KIND = {"num_bits": 8, "type": "float", "symmetric": True}
+DYNAMIC = KIND | {"strategy": "token", "dynamic": True}
+STATIC = KIND | {"strategy": "tensor", "dynamic": False}
+
+
+def compressed_config(weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
+    group = {"weights": KIND | weights, "input_activations": inputs, "targets": ["Linear"]}
+    return {
+        "quant_method": "compressed-tensors", "format": "float-quantized",
+        "config_groups": {"group_0": group}, "ignore": ["re:.*diffusion_head", "lm_head"],
+    }  # fmt: skip
+
+
+def mistral_config(scheme: str = "static", block: list[int] | None = None) -> dict[str, Any]:
+    return {
+        "quant_method": "fp8", "activation_scheme": scheme, "weight_block_size": block,
+        "dequantize": False, "modules_to_not_convert": ["lm_head"],
+    }  # fmt: skip
+
+
+def fp8_tensors(weights: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """The matrices of the layers in fp8, as `config` says; random scales, also of inputs."""
+    is_mistral = config["quant_method"] == "fp8"
+    block = config.get("weight_block_size")
+    strategy, has_input = "block" if block else "tensor", config.get("activation_scheme")
+    if not is_mistral:
+        group = config["config_groups"]["group_0"]
+        strategy, block = group["weights"]["strategy"], group["weights"].get("block_structure")
+        has_input = "static" if group["input_activations"] == STATIC else None
+    tensors = {}
+    for name, weight in weights.items():
+        if weight.dim() != 2 or ".layers." not in name:
+            tensors[name] = weight.bfloat16()
+            continue
+        out, inputs = weight.shape
+        grid = {"tensor": (1, 1), "channel": (out, 1)}.get(strategy)
+        grid = grid or (-(-out // block[0]), -(-inputs // block[1]))
+        scales = torch.rand(grid) / 500 + 0.002
+        tensors[name] = torch.randint(-100, 100, (out, inputs)).float().to(fp8.DTYPE)
+        shape = grid if strategy != "tensor" else () if is_mistral else (1,)
+        tensors[f"{name}_scale_inv" if is_mistral else f"{name}_scale"] = scales.view(shape)
+        if has_input == "static":
+            suffix = "activation_scale" if is_mistral else "input_scale"
+            tensors[name.removesuffix("weight") + suffix] = (torch.rand(()) / 50 + 0.03).view(
+                () if is_mistral else (1,)
+            )
+    return tensors
+
+
+def write_fp8(folder: Path, config: dict[str, Any], shards: int = 1, **sides: int) -> Path:
+    fields = config_fields(**{**SIDES, **sides}, torch_dtype="bfloat16")
+    tensors = fp8_tensors(random_weights(fields), config)
+    return write_checkpoint(
+        folder, fields | {"quantization_config": config}, tensors, shards=shards
+    )
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    return {k: t for file in folder.glob("*.safetensors") for k, t in load_file(file).items()}
+
+
+BLOCKS = {"strategy": "block", "block_structure": [40, 48]}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        compressed_config({"strategy": "channel"}, DYNAMIC),
+        compressed_config({"strategy": "tensor"}, STATIC),
+        compressed_config({"strategy": "channel"}, None),
+        compressed_config(BLOCKS, DYNAMIC | {"strategy": "group", "group_size": 48}),
+        mistral_config(),
+        mistral_config("dynamic", [32, 32]),
+    ],
+    ids=["channel", "static", "weights only", "blocks", "mistral", "deepseek"],
+)
+def test_checkpoints(config: dict[str, Any], tmp_path: Path) -> None:
+    """Weights are those that the other packages expand; in bfloat16 they stay in fp8."""
+    torch.manual_seed(0)
+    folder = write_fp8(tmp_path, config, shards=3)
+    stored = stored_tensors(folder)
+    dense = load_model(folder, "cpu", "float32")
+
+    def expand(part: str) -> Tensor:
+        name = f"encoder.layers.1.{part}.weight"
+        if config["quant_method"] == "fp8":
+            scales = stored[name + "_scale_inv"]
+            return Fp8Dequantize(None)._dequantize_one(stored[name], scales, torch.float32)
+        weights = config["config_groups"]["group_0"]["weights"]
+        scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+        tensors = {"weight": stored[name], "weight_scale": stored[name + "_scale"]}
+        return NaiveQuantizationCompressor.decompress(tensors, scheme)["weight"]
+
+    layer = dense.layers[1]
+    qkv = torch.cat([expand(f"self_attn.{p}_proj") for p in "qkv"])
+    for ours, theirs in ((layer.qkv, qkv), (layer.down, expand("mlp.down_proj"))):
+        assert isinstance(ours, Tensor)
+        assert_equal(ours, theirs.float(), "expanded")
+    model = load_model(folder, "cpu")
+    assert model.dtype == torch.bfloat16 and isinstance(model.head, Tensor)
+    has_blocks = "block_structure" in str(config) or bool(config.get("weight_block_size"))
+    assert isinstance(model.layers[0].down, Tensor if has_blocks else Fp8Matrix)
+    (tokens,) = random_tokens(SIDES, 20)
+    exact = logits_of(dense, tokens).double()
+    expanded = load_model(folder, "cpu", products="dense")
+    assert isinstance(expanded.layers[0].down, Tensor)
+    error = relative_error(logits_of(expanded, tokens), exact)
+    assert error <= 0.03 and relative_error(logits_of(model, tokens), exact) <= 1.2 * error
+    if has_blocks:
+        with pytest.raises(ValueError, match="products must be auto or dense, fp8 needs"):
+            load_model(folder, "cpu", products="fp8")
+        return
+    rounded = load_model(folder, "cpu", products="fp8")
+    down = rounded.layers[0].down
+    assert isinstance(down, Fp8Matrix) and down.scaled_product == "rows"
+    is_static = any(name.endswith(("input_scale", "activation_scale")) for name in stored)
+    assert (down.input_scale is not None) == is_static
+    assert error < relative_error(logits_of(rounded, tokens), exact) <= 0.2
+
+
+def test_shapes_that_torch_does_not_scale_are_widened(tmp_path: Path) -> None:
+    """70 outputs, 36 inputs: activations cannot be rounded there, and are not."""
+    torch.manual_seed(0)
+    sides = {"hidden_size": 36, "intermediate_size": 35, "vocab_size": 61}
+    folder = write_fp8(tmp_path, mistral_config(), **sides)
+    model = load_model(folder, "cpu", products="fp8")
+    matrices = [getattr(model.layers[0], name) for name in ("qkv", "o", "gate_up", "down")]
+    assert all(isinstance(m, Fp8Matrix) and m.scaled_product is None for m in matrices)
+    (tokens,) = random_tokens(sides, 9)
+    exact = logits_of(load_model(folder, "cpu", "float32"), tokens).double()
+    assert relative_error(logits_of(model, tokens), exact) <= 0.03
+    half = load_model(folder, "cpu", "float16")
+    assert not any(isinstance(w, Fp8Matrix) for w in half.weights())
+
+
+def test_wrong_checkpoints(tmp_path: Path) -> None:
+    folder = write_fp8(tmp_path, compressed_config({"strategy": "channel"}, STATIC))
+    tensors = load_file(folder / "model.safetensors")
+    base = "encoder.layers.0.self_attn.o_proj."
+
+    def nan(codes: Tensor) -> Tensor:
+        codes.view(torch.uint8)[3, 5] = 0xFF
+        return codes
+
+    for name, change, message in (
+        ("weight_scale", None, r"missing \(1\): .*o_proj.weight_scale"),
+        ("input_scale", None, r"missing \(1\): .*o_proj.input_scale"),
+        ("weight_scale", lambda t: t[1:], r"weight_scale \[63, 1\], expected \[64, 1\]"),
+        ("weight_scale", lambda t: t.int(), "o_proj.weight_scale I32, expected one of F64"),
+        ("weight_scale", lambda t: -t, "weight_scale must hold positive finite scales, got -0"),
+        ("weight", lambda t: t.bfloat16(), "o_proj.weight BF16, expected one of F8_E4M3"),
+        ("weight", lambda t: t.to(torch.float8_e5m2), "weight F8_E5M2, expected one of F8_E4M3"),
+        ("weight", nan, "o_proj.weight must hold finite numbers, got NaN"),
+        ("k_scale", lambda _: torch.ones(1), r"unknown \(1\): .*o_proj.k_scale"),
+    ):
+        changed = dict(tensors)
+        if change is None:
+            del changed[base + name]
+        else:
+            changed[base + name] = change(tensors.get(base + name, torch.ones(1)).clone())
+        save_file(changed, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load_model(folder, "cpu")
+    changed = tensors | {"encoder.embed_tokens.weight": torch.zeros(64, 64).to(fp8.DTYPE)}
+    save_file(changed, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"embed_tokens.weight F8_E4M3, expected one of F64"):
+        load_model(folder, "cpu")
+
+
+def test_wrong_configs() -> None:
+    channel = {"strategy": "channel"}
+    group = compressed_config(channel, None)["config_groups"]["group_0"]
+    int4 = {"num_bits": 4, "type": "int", "strategy": "channel"}
+    for config, error, message in (
+        (mistral_config("other"), NotImplementedError, 'activation_scheme "other" is'),
+        (mistral_config(block=[128, 0]), ValueError, "weight_block_size must be two integers >= 1"),
+        (mistral_config() | {"fmt": "e5m2"}, NotImplementedError, 'fmt "e5m2" is not supported'),
+        (mistral_config() | {"quant_method": "awq"}, NotImplementedError, '"awq" is not supported'),
+        (compressed_config(channel, DYNAMIC | {"dynamic": "local"}), NotImplementedError,
+         "config_groups.group_0.input_activations.dynamic \"local\" is not supported"),
+        (compressed_config(channel | {"num_bits": 4}, None), NotImplementedError, "num_bits 4 is"),
+        (compressed_config({"strategy": "block"}, None), ValueError, "block_structure must"),
+        (compressed_config(channel, None) | {"format": "int-quantized"}, NotImplementedError,
+         'format "int-quantized" is not supported'),
+        (compressed_config(channel, None) | {"kv_cache_scheme": KIND}, NotImplementedError,
+         "quantization_config.kv_cache_scheme .* is not supported"),
+        (compressed_config(channel, None) | {"config_groups": {}}, ValueError, "matrices alike"),
+        (compressed_config(channel, None) | {"config_groups": {"a": ["Linear"]}}, ValueError,
+         "config_groups.a must be an object"),
+        (compressed_config(channel, None) | {"config_groups": {"a": group, "b": group | {
+            "weights": KIND | {"strategy": "tensor"}}}}, ValueError, "store all matrices alike"),
+        (compressed_config(channel, None) | {"config_groups": {"a": group | {"weights": int4}}},
+         NotImplementedError, "a.weights.num_bits 4 is not supported, only 8"),
+    ):  # fmt: skip
+        fields = config_fields(**SIDES) | {"quantization_config": config}
+        with pytest.raises(error, match=message):
+            ModelConfig.from_dict(fields)
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def test_quantized_llama_is_read_alike_by_transformers(tmp_path: Path) -> None:
+    """What `quantize` writes, decompressed by the compressed-tensors package itself."""
+    torch.manual_seed(0)
+    small_llama().save_pretrained(tmp_path / "dense", max_shard_size="60KB")
+    assert quantize(tmp_path / "dense", tmp_path / "fp8", format="fp8").num_quantized == 14
+    options = transformers.CompressedTensorsConfig(dequantize=True)
+    other = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "fp8", quantization_config=options, dtype=torch.float32
+    ).eval()
+    dense = load_model(tmp_path / "fp8", "cpu", "float32")
+    for mine, theirs in llama_weights(dense, other):
+        assert_equal(mine.bfloat16().float(), theirs, "they expand to bfloat16")
+    (tokens,) = random_tokens({"vocab_size": 64}, 30)
+    with torch.no_grad():
+        expected = other(tokens[None]).logits[0].double()
+    print(relative_error(logits_of(dense, tokens), expected))
+    assert relative_error(logits_of(dense, tokens), expected) <= 0.02
+    unquantized = load_model(tmp_path / "dense", "cpu")
+    assert relative_error(logits_of(unquantized, tokens), expected) > 0.02
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_quantize_and_load(is_tied: bool, tmp_path: Path) -> None:
+    """Memory halves, the adapter comes along, the logits stay near, all modes run."""
+    torch.manual_seed(0)
+    fields = config_fields(**SIDES, tie_word_embeddings=is_tied, torch_dtype="bfloat16")
+    weights = random_weights(fields, torch.bfloat16)
+    source = write_checkpoint(
+        tmp_path / "a", fields, weights, shards=3, lora=random_lora(fields, 2)
+    )
+    target = tmp_path / "b"
+    summary = quantize(source, target, format="fp8", head=not is_tied)
+    assert summary.num_quantized == 14 + (not is_tied)
+    written = json.loads((target / "config.json").read_text())["quantization_config"]
+    assert written["ignore"] == (["diffusion_head"] if is_tied else [])
+    model, dense = load_model(target, "cpu"), load_model(source, "cpu")
+    assert model.has_lora and isinstance(model.layers[0].qkv, Fp8Matrix)
+    assert isinstance(model.head, Tensor) == is_tied
+    assert model.num_parameters == dense.num_parameters
+
+    def matrices(m: NLDModel) -> int:
+        return m.num_bytes - 2 * (fields["vocab_size"] * 64 + 64 * 5 + 2 * 2 * 128)
+
+    assert matrices(model) < 0.6 * matrices(dense)
+    assert load_model(target, "cpu", products="dense").num_bytes == dense.num_bytes
+    (tokens,) = random_tokens(fields, 20)
+    exact = logits_of(load_model(source, "cpu", "float32"), tokens).double()
+    assert relative_error(logits_of(model, tokens), exact) <= 0.25
+    for mode in ("ar", "linear_spec", "quadratic_spec", "diffusion"):
+        emitted = nld_cuda.generate(model, tokens.tolist(), mode, max_new_tokens=9)
+        assert len(emitted.tokens[0]) > 0
+    with pytest.raises(ValueError, match="is quantised already"):
+        quantize(target, tmp_path / "c")
+
+
+def test_errors(tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(ValueError, match="format must be int4 or fp8, got 'int8'"):
+        quantize(TINY, tmp_path, format="int8")
+    with pytest.raises(ValueError, match="group_size must be None for fp8, got 32"):
+        quantize(TINY, tmp_path, format="fp8", group_size=32)
+    with pytest.raises(ValueError, match="products must be auto, dense, fp8, got 'int4'"):
+        nld_cuda.load("nld-tiny", products="int4")
+    with pytest.raises(ValueError, match="products must be auto or dense, fp8 needs weights in"):
+        nld_cuda.load("nld-tiny", products="fp8")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["quantize", str(TINY), str(tmp_path / "q"), "--format", "fp8"])
+    assert stop.value.code == 0 and "28 matrices in fp8" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="dtype must be bfloat16 for fp8 products"):
+        nld_cuda.load(tmp_path / "q", dtype="float32", products="fp8")
+    folder = write_fp8(tmp_path / "x", mistral_config())
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"_proj.weight must be floating-point, got float8"):
+        quantize(folder, tmp_path / "y", format="fp8")
+
+
+def test_nld_tiny_keeps_its_accuracy(tmp_path: Path) -> None:
+    """64 problems it was not trained on: at most one more wrong than in float32."""
+    quantize(TINY, tmp_path / "int4", group_size=32)
+    quantize(TINY, tmp_path / "fp8", format="fp8")
+    problems = [json.loads(line) for line in (TINY / "heldout.jsonl").read_text().splitlines()]
+    problems = problems[:: len(problems) // 64][:64]
+    wrong = []
+    for folder, products in (
+        (TINY, "auto"), (tmp_path / "int4", "auto"), (tmp_path / "fp8", "auto"),
+        (tmp_path / "fp8", "fp8"),
+    ):  # fmt: skip
+        result = nld_cuda.generate(
+            nld_cuda.load(folder, device="cpu", products=products),
+            [p["prompt"] for p in problems],
+            "linear_spec",
+            max_new_tokens=240,
+        )
+        assert result.text is not None
+        pairs = zip(result.text, problems, strict=True)
+        wrong.append(sum(text.strip() != p["answer"].strip() for text, p in pairs))
+    assert max(wrong) <= wrong[0] + 1
