@@ -6,6 +6,8 @@ CUDA and CUDA kernels are tested against it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -413,10 +415,23 @@ def draw_tokens(
 
     logits `[rows, vocab]`; temperature, seed and positions `[rows]`; allowed bool `[vocab]`.
     """
+    return lowest_argmax(draw_values(logits, temperature, seed, positions, purpose), allowed)
+
+
+def draw_values(
+    logits: Tensor,
+    temperature: Tensor,
+    seed: Tensor,
+    positions: Tensor,
+    purpose: int,
+    first_token_id: int = 0,
+) -> Tensor:
+    """Return what token first_token_id + j is drawn by: logit * (1 / T) + noise, or the logit."""
     cleaned, factor = clean_logits(logits), inverse_temperature(temperature)[:, None]
-    noise = gumbel(philox_tokens(seed, positions, purpose, logits.shape[-1]))
-    tempered = (cleaned * factor).clamp_max(torch.finfo(torch.float32).max) + noise
-    return lowest_argmax(torch.where(factor > 0, tempered, cleaned), allowed)
+    words = philox_tokens(seed, positions, purpose, first_token_id + logits.shape[-1])
+    tempered = (cleaned * factor).clamp_max(torch.finfo(torch.float32).max)
+    noisy = tempered + gumbel(words[:, first_token_id:])
+    return torch.where(factor > 0, noisy, cleaned)
 
 
 def clean_logits(logits: Tensor) -> Tensor:
@@ -468,16 +483,8 @@ def commit_(
     rows, vocab = logits.shape
     batch, device = rule.numel(), logits.device
     compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    if candidates is None:
-        candidates = block_tokens.clone()
     if confidence is None:
         confidence = torch.ones(rows, dtype=compute, device=device)
-    if num_committed is None:
-        num_committed = torch.zeros(batch, dtype=torch.int32, device=device)
-    if num_remaining is None:
-        num_remaining = torch.zeros(batch, dtype=torch.int32, device=device)
-    if done is None:
-        done = torch.zeros(batch, dtype=torch.bool, device=device)
     if banned_token_ids is None:
         banned_token_ids = torch.tensor([mask_token_id], device=device)
     if temperature is None or seed is None or positions is None:
@@ -486,29 +493,69 @@ def commit_(
         positions = torch.zeros(rows, dtype=torch.int32, device=device)
     allowed = allowed_tokens(vocab, banned_token_ids)
 
-    for b in range(batch):
-        own = slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1]))
-        n = own.stop - own.start
-        mine, tokens, masked = logits[own], block_tokens[own], is_masked[own]
-        fixed = torch.zeros_like(masked) if is_fixed is None else is_fixed[own]
-        held = ~masked & ~fixed & (int(rule[b]) == 4)
-
+    def judge(b: int, own: slice) -> tuple[Tensor, Tensor, Tensor]:
+        n, mine, masked = own.stop - own.start, logits[own], is_masked[own]
         draws = draw_tokens(
             mine, temperature[b].expand(n), seed[b].expand(n), positions[own], purpose, allowed
         )
-        candidates[own] = torch.where(masked, draws, tokens)
+        chosen = torch.where(masked, draws, block_tokens[own])
         cleaned = mine.to(compute).nan_to_num(
             -torch.inf, torch.finfo(torch.float32).max, -torch.inf
         )
         log_probs = cleaned.log_softmax(-1)
         probs = log_probs.exp()
         entropy = -(probs * log_probs).nan_to_num(0.0).sum(-1)
-        chosen = candidates[own]
         in_vocab = (chosen >= 0) & (chosen < vocab)
         belief = probs.gather(1, chosen.clamp(0, vocab - 1)[:, None])[:, 0]
         hopeless = (cleaned.masked_fill(~allowed, -torch.inf) == -torch.inf).all(-1) & masked
         belief = torch.where(hopeless | ~in_vocab, 0.0, belief.nan_to_num(0.0))
-        entropy = torch.where(hopeless, torch.inf, entropy)
+        return chosen, belief, torch.where(hopeless, torch.inf, entropy)
+
+    return _commit_judged_(
+        judge, block_tokens, is_masked, cu_seqlens, rule, threshold, mask_token_id, quota,
+        revise_threshold, is_fixed, eos_token_ids, candidates, confidence, num_committed,
+        num_remaining, done,
+    )  # fmt: skip
+
+
+def _commit_judged_(
+    judge: Callable[[int, slice], tuple[Tensor, Tensor, Tensor]],
+    block_tokens: Tensor,
+    is_masked: Tensor,
+    cu_seqlens: Tensor,
+    rule: Tensor,
+    threshold: Tensor,
+    mask_token_id: int,
+    quota: Tensor | None,
+    revise_threshold: Tensor | None,
+    is_fixed: Tensor | None,
+    eos_token_ids: Tensor | None,
+    candidates: Tensor | None,
+    confidence: Tensor | None,
+    num_committed: Tensor | None,
+    num_remaining: Tensor | None,
+    done: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Commit by what judge(request, its rows) says: tokens chosen or held, belief, entropy."""
+    batch, device = rule.numel(), rule.device
+    if candidates is None:
+        candidates = block_tokens.clone()
+    if confidence is None:
+        confidence = torch.ones(block_tokens.numel(), device=device)
+    if num_committed is None:
+        num_committed = torch.zeros(batch, dtype=torch.int32, device=device)
+    if num_remaining is None:
+        num_remaining = torch.zeros(batch, dtype=torch.int32, device=device)
+    if done is None:
+        done = torch.zeros(batch, dtype=torch.bool, device=device)
+    for b in range(batch):
+        own = slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1]))
+        n = own.stop - own.start
+        tokens, masked = block_tokens[own], is_masked[own]
+        fixed = torch.zeros_like(masked) if is_fixed is None else is_fixed[own]
+        held = ~masked & ~fixed & (int(rule[b]) == 4)
+        chosen, belief, entropy = judge(b, own)
+        candidates[own] = torch.where(masked, chosen, tokens)
         confidence[own] = torch.where(masked | held, belief, 1.0).to(confidence.dtype)
 
         where = masked.nonzero()[:, 0]
@@ -542,6 +589,137 @@ def commit_(
         num_remaining[b] = masked.sum()
         done[b] = num_remaining[b] == 0
     return candidates, confidence, num_committed, num_remaining, done
+
+
+# ---- shards of the vocabulary -----------------------------------------------------------------
+
+
+def _no_parts(rows: int, shard_len: int, num_parts: int) -> Tensor:
+    """Return parts that say nothing: max, sum, dot, value, id, logit and two unused words."""
+    parts = torch.zeros(rows, num_parts or max(-(-shard_len // 8192), 1), 8, dtype=torch.int32)
+    parts[..., [0, 3]] = torch.tensor(-torch.inf).view(torch.int32)
+    parts[..., 4] = -1
+    return parts
+
+
+def _allowed_shard(first: int, shard_len: int, banned_token_ids: Tensor | None) -> Tensor:
+    banned = torch.empty(0) if banned_token_ids is None else banned_token_ids.cpu()
+    return allowed_tokens(first + shard_len, banned.long())[first:]
+
+
+def _best_part(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return id and logit `[rows]` of what is chosen, from parts `[shards, rows, n, 8]`."""
+    parts = parts.transpose(0, 1).flatten(1, 2)  # in order of the ids
+    best = parts[..., 3].contiguous().view(torch.float32).argmax(-1)  # the first on ties
+    chosen = parts[torch.arange(len(parts), device=parts.device), best]
+    return chosen[:, 4].long(), chosen[:, 5].contiguous().view(torch.float32)
+
+
+def commit_scan(
+    logits: Tensor,
+    block_tokens: Tensor,
+    is_masked: Tensor,
+    cu_seqlens: Tensor,
+    rule: Tensor,
+    *,
+    first_token_id: int,
+    mask_token_id: int,
+    is_fixed: Tensor | None = None,
+    banned_token_ids: Tensor | None = None,
+    temperature: Tensor | None = None,
+    seed: Tensor | None = None,
+    positions: Tensor | None = None,
+    purpose: int = 0,
+    num_parts: int = 0,
+) -> Tensor:
+    """Return `[rows, num_parts, 8]` int32: softmax sums and best token of a shard of the logits."""
+    shard_len = logits.shape[1]
+    if banned_token_ids is None:
+        banned_token_ids = torch.tensor([mask_token_id])
+    allowed = _allowed_shard(first_token_id, shard_len, banned_token_ids)
+    parts = _no_parts(logits.shape[0], shard_len, num_parts)
+    for b in range(rule.numel() if shard_len else 0):
+        for row in range(int(cu_seqlens[b]), int(cu_seqlens[b + 1])):
+            is_held = not is_masked[row]
+            if is_held and (int(rule[b]) != 4 or (is_fixed is not None and bool(is_fixed[row]))):
+                continue
+            x = clean_logits(logits[row].cpu())
+            top = x.amax()
+            if top > -torch.inf:
+                weights, shifts = (x - top).exp(), (x - top).clamp_min(-200)
+                sums = torch.stack((top, weights.sum(), (weights * shifts).sum()))
+                parts[row, 0, :3] = sums.view(torch.int32)
+            if is_held:
+                values = torch.full((shard_len,), -torch.inf)
+                held = int(block_tokens[row]) - first_token_id
+                if 0 <= held < shard_len:
+                    values[held] = 0.0
+            elif temperature is None or seed is None or positions is None:
+                values = x.masked_fill(~allowed, -torch.inf)
+            else:
+                values = draw_values(
+                    x[None], temperature[b : b + 1].cpu(), seed[b : b + 1].cpu(),
+                    positions[row : row + 1].cpu(), purpose, first_token_id,
+                )[0].masked_fill(~allowed, -torch.inf)  # fmt: skip
+            _put_best(parts[row, 0], values, x, first_token_id)
+    return parts.to(logits.device)
+
+
+def _put_best(part: Tensor, values: Tensor, logits: Tensor, first_token_id: int) -> None:
+    """Write the lowest id of the largest value, that value and its logit into a part `[8]`."""
+    best = int(lowest_argmax(values, torch.ones_like(values, dtype=torch.bool)))
+    if values[best] > -torch.inf:
+        part[3] = values[best].view(torch.int32)
+        part[4] = first_token_id + best
+        part[5] = logits[best].view(torch.int32)
+
+
+def commit_parts_(
+    parts: Tensor,
+    block_tokens: Tensor,
+    is_masked: Tensor,
+    cu_seqlens: Tensor,
+    rule: Tensor,
+    threshold: Tensor,
+    *,
+    vocab: int,
+    mask_token_id: int,
+    quota: Tensor | None = None,
+    revise_threshold: Tensor | None = None,
+    is_fixed: Tensor | None = None,
+    banned_token_ids: Tensor | None = None,
+    eos_token_ids: Tensor | None = None,
+    candidates: Tensor | None = None,
+    confidence: Tensor | None = None,
+    num_committed: Tensor | None = None,
+    num_remaining: Tensor | None = None,
+    done: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Do what `commit_` does, from parts `[num_shards, rows, num_parts, 8]` instead of logits."""
+    if banned_token_ids is None:
+        banned_token_ids = torch.tensor([mask_token_id], device=parts.device)
+    allowed = allowed_tokens(vocab, banned_token_ids)
+    lowest = int(lowest_argmax(torch.zeros(vocab, device=parts.device), allowed))
+
+    def judge(b: int, own: slice) -> tuple[Tensor, Tensor, Tensor]:
+        top, total, dot = parts[:, own, :, :3].transpose(0, 1).flatten(1, 2).contiguous().view(
+            torch.float32
+        ).unbind(-1)  # fmt: skip
+        best, logit = _best_part(parts[:, own])
+        shift = (top - top.amax(-1, keepdim=True)).nan_to_num(-200, neginf=-200).clamp_min(-200)
+        dot = ((dot + total * shift) * shift.exp()).sum(-1)
+        total = (total * shift.exp()).sum(-1)
+        known = (best >= 0) & (total > 0)
+        belief = torch.where(known, (logit - top.amax(-1)).exp() / total, 0.0)
+        entropy = torch.where(known, (total.log() - dot / total).clamp_min(0), torch.inf)
+        chosen = torch.where(best >= 0, best, lowest)
+        return torch.where(is_masked[own], chosen, block_tokens[own]), belief, entropy
+
+    return _commit_judged_(
+        judge, block_tokens, is_masked, cu_seqlens, rule, threshold, mask_token_id, quota,
+        revise_threshold, is_fixed, eos_token_ids, candidates, confidence, num_committed,
+        num_remaining, done,
+    )  # fmt: skip
 
 
 # ---- verify -----------------------------------------------------------------------------------
@@ -675,3 +853,71 @@ def _accept_or_redraw(
     if log_mass.amax() == -torch.inf:
         log_mass = scaled
     return False, int(lowest_argmax(log_mass + noise, allowed))
+
+
+def verify_scan(
+    logits: Tensor,
+    cu_seqlens: Tensor,
+    verify_mode: Tensor,
+    done: Tensor,
+    *,
+    first_token_id: int,
+    positions: Tensor | None = None,
+    temperature: Tensor | None = None,
+    seed: Tensor | None = None,
+    banned_token_ids: Tensor | None = None,
+    num_parts: int = 0,
+) -> Tensor:
+    """Return `[rows, num_parts, 8]` int32: the best token of each row in a shard of the logits."""
+    shard_len = logits.shape[1]
+    allowed = _allowed_shard(first_token_id, shard_len, banned_token_ids)
+    parts = _no_parts(logits.shape[0], shard_len, num_parts)
+    for b in range(verify_mode.numel() if shard_len else 0):
+        begin, end, kind = int(cu_seqlens[b]), int(cu_seqlens[b + 1]), int(verify_mode[b])
+        assert kind != REJECTION, "not for shards"
+        for row in range(max(end - 1, begin) if kind == COMMIT else begin, end):
+            if done[b]:
+                continue
+            values = x = clean_logits(logits[row].cpu())
+            if kind in (SAMPLED, COMMIT) and not (temperature is None or seed is None):
+                place = torch.zeros(1) if positions is None else positions[row : row + 1].cpu() + 1
+                values = draw_values(
+                    x[None], temperature[b : b + 1].cpu(), seed[b : b + 1].cpu(), place, SAMPLE,
+                    first_token_id,
+                )[0]  # fmt: skip
+            _put_best(parts[row, 0], values.masked_fill(~allowed, -torch.inf), x, first_token_id)
+    return parts.to(logits.device)
+
+
+def verify_parts_(
+    parts: Tensor,
+    block_tokens: Tensor,
+    cu_seqlens: Tensor,
+    verify_mode: Tensor,
+    out_tokens: Tensor,
+    out_lens: Tensor,
+    max_out_lens: Tensor,
+    next_tokens: Tensor,
+    seq_lens: Tensor,
+    done: Tensor,
+    *,
+    vocab: int,
+    positions: Tensor | None = None,
+    eos_token_ids: Tensor | None = None,
+    banned_token_ids: Tensor | None = None,
+    force_positions: Tensor | None = None,
+    force_tokens: Tensor | None = None,
+    num_emitted: Tensor,
+    num_accepted: Tensor,
+) -> None:
+    """Do what `verify_` does, from parts `[num_shards, rows, num_parts, 8]` instead of logits."""
+    targets, _ = _best_part(parts)
+    certain = torch.full((parts.shape[1], vocab), -torch.inf, device=parts.device)
+    row = (targets >= 0).nonzero()[:, 0]
+    certain[row, targets[row]] = 0.0  # every draw is then this token
+    verify_(
+        certain, block_tokens, cu_seqlens, verify_mode, out_tokens, out_lens, max_out_lens,
+        next_tokens, seq_lens, done, positions=positions, eos_token_ids=eos_token_ids,
+        banned_token_ids=banned_token_ids, force_positions=force_positions,
+        force_tokens=force_tokens, num_emitted=num_emitted, num_accepted=num_accepted,
+    )  # fmt: skip
