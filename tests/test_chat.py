@@ -201,7 +201,7 @@ def test_a_reader_that_stops() -> None:
 
 def test_chat_errors(tmp_path: Path) -> None:
     model = nld_cuda.load("nld-tiny", device="cpu")
-    folder = copy_of_tiny(tmp_path)
+    folder = copy_of_tiny(tmp_path, additional_special_tokens=[])
     text = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(
         text.replace("<|im_start|>", "<|a|>").replace("</think>", "</b>")

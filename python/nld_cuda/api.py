@@ -33,7 +33,7 @@ class NLDModel(_Transformer):
     options.
 
     Attributes:
-        tokenizer: from tokenizer.json, None where the checkpoint has none.
+        tokenizer: the checkpoint's, None where it has none.
         folder: where the checkpoint lies, None for a model that was made from tensors.
     """
 
@@ -211,7 +211,8 @@ def load(
 
     Args:
         path_or_name: folder in the published layout (config.json, safetensors, tokenizer.json), or
-            "nld-tiny".
+            "nld-tiny". Tokenizers in other forms (SentencePiece, Tekken) are converted by
+            transformers (`pip install 'nld-cuda[hf]'`).
         device: "auto" (CUDA where this build has kernels for it, else cpu), "cpu", "cuda",
             "cuda:1".
         dtype: "auto" (the checkpoint's own), "float32", "bfloat16", "float16", or a torch dtype.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from nld_cuda.chat_template import TURN_END, ChatTemplate, special_tokens
+from nld_cuda.chat_template import TURN_END, ChatTemplate
 from nld_cuda.decode.generate import GenerateResult
 from nld_cuda.decode.session import Session
 from nld_cuda.decode.stream import StreamEvent, stream
@@ -13,6 +14,7 @@ from nld_cuda.decode.stream import StreamEvent, stream
 if TYPE_CHECKING:
     from nld_cuda.api import NLDModel
 
+MAX_NEW = 256  # as `stream`
 THINK_BEGIN, THINK_END = "<think>", "</think>"
 
 
@@ -29,6 +31,7 @@ class Chat:
         thinking: whether the model is asked to think first.
         max_thinking_tokens: thoughts are ended after so many tokens; None: no limit.
         session: what is cached.
+        eos_token_ids: what ends an answer: the model's own, and the end of a turn in ChatML.
         options: further arguments of `nld_cuda.stream` for every answer.
     """
 
@@ -57,8 +60,7 @@ class Chat:
         if model.tokenizer is None:
             raise ValueError("chat: model must have a tokenizer, found none in its folder")
         if isinstance(template, str):
-            names = {} if model.folder is None else special_tokens(model.folder)
-            template = ChatTemplate(template, names)
+            template = ChatTemplate(template, model.tokenizer.special_tokens)
         chosen = model.chat_template if template is None else template
         if chosen is None:
             raise ValueError(
@@ -71,9 +73,9 @@ class Chat:
         self.messages: list[dict[str, str]] = []
         self._tokenizer, self._template = model.tokenizer, chosen
         self._end_think = self._tokenizer.token_id(THINK_END)
-        turn_end = self._tokenizer.token_id(TURN_END)
-        self._eos = tuple(
-            dict.fromkeys((*model.config.eos_token_ids, *(() if turn_end is None else (turn_end,))))
+        ends = [self._tokenizer.token_id(TURN_END)]
+        self.eos_token_ids = tuple(
+            dict.fromkeys(i for i in (*model.config.eos_token_ids, *ends) if i is not None)
         )
         if max_thinking_tokens is not None and self._end_think is None:
             raise ValueError(
@@ -100,45 +102,58 @@ class Chat:
 
     def prompt(self) -> list[int]:
         """Ids of the conversation so far, up to where the assistant's next turn begins."""
-        return self._tokenizer.encode(self._text(), add_special_tokens=False)
+        return self._encode(self._text(self.messages))
+
+    def decode_options(self) -> dict[str, Any]:
+        """Arguments for `generate` and `stream`, which continue `prompt()` to an answer."""
+        budget = self.max_thinking_tokens if self.thinking else None
+        return {
+            "eos_token_id": self.eos_token_ids,
+            "max_thinking_tokens": budget,
+            "end_think_token_id": None if budget is None else self._end_think,
+            **self.options,
+        }
 
     def ask(self, text: str, **options: Any) -> Generator[StreamEvent, None, GenerateResult]:
-        """Add a user turn and stream the answer, which joins the conversation when it ends.
+        """Stream the answer to a user turn; both join the conversation when the answer ends.
 
-        A reader that stops early leaves what has been said as the answer.
+        A reader that stops early leaves what has been said as the answer. Near the end of the
+        model's positions an answer is cut to the room that is left.
 
         Args:
             text: the user's turn.
             options: arguments of `nld_cuda.stream` for this answer, over those of the chat.
 
         Raises:
-            ValueError, TypeError: as `nld_cuda.stream`; the conversation is then as before.
+            ValueError, TypeError: as `nld_cuda.stream`, or no room is left; the conversation is
+                then as before.
         """
-        self.messages.append({"role": "user", "content": text})
-        try:
-            rendered = self._text()
-            budget = self.max_thinking_tokens if self.thinking else None
-            events = stream(
-                self.model,
-                self._tokenizer.encode(rendered, add_special_tokens=False),
-                options.pop("mode", self.mode),
-                **{
-                    "session": self.session,
-                    "eos_token_id": self._eos,
-                    "max_thinking_tokens": budget,
-                    "end_think_token_id": None if budget is None else self._end_think,
-                    **self.options,
-                    **options,
-                },
-            )
-        except Exception:
-            self.messages.pop()
-            raise
+        turn = {"role": "user", "content": text}
+        rendered = self._text([*self.messages, turn])
+        prompt = self._encode(rendered)
+        options = {"session": self.session, **self.decode_options(), **options}
+        options["max_new_tokens"] = self._fitting(prompt, options.get("max_new_tokens", MAX_NEW))
+        events = stream(self.model, prompt, options.pop("mode", self.mode), **options)
         opened = THINK_BEGIN + "\n" if rendered.rstrip().endswith(THINK_BEGIN) else ""
-        return self._answer(events, opened)
+        return self._answer(events, turn, opened)
+
+    def _fitting(self, prompt: list[int], max_new_tokens: Any) -> Any:
+        """The limit, or less where the conversation leaves less room; others refuse wrong ones."""
+        places = self.model.config.max_position_embeddings
+        if len(prompt) >= places:
+            raise ValueError(
+                f"chat: the conversation must fit in the model's {places} places with room for an "
+                f"answer, got {len(prompt)} tokens: start over (/reset)"
+            )
+        if isinstance(max_new_tokens, int) and max_new_tokens <= places:
+            return min(max_new_tokens, places - len(prompt))
+        return max_new_tokens
 
     def _answer(
-        self, events: Generator[StreamEvent, None, GenerateResult], opened: str
+        self,
+        events: Generator[StreamEvent, None, GenerateResult],
+        turn: dict[str, str],
+        opened: str,
     ) -> Generator[StreamEvent, None, GenerateResult]:
         said: list[int] = []
         try:
@@ -151,11 +166,16 @@ class Chat:
                 said += event.final_tokens
                 yield event
         finally:
+            failed = sys.exc_info()[0] not in (None, GeneratorExit, StopIteration)
             events.close()
-            if said and said[-1] in self._eos:
-                said.pop()
-            content = opened + self._tokenizer.decode(said, skip_special_tokens=False)
-            self.messages.append({"role": "assistant", "content": content})
+            if said or not failed:
+                if said and said[-1] in self.eos_token_ids:
+                    said.pop()
+                content = opened + self._tokenizer.decode(said, skip_special_tokens=False)
+                self.messages += [turn, {"role": "assistant", "content": content}]
 
-    def _text(self) -> str:
-        return self._template.render(self.messages, enable_thinking=self.thinking)
+    def _encode(self, rendered: str) -> list[int]:
+        return self._tokenizer.encode(rendered, add_special_tokens=False)
+
+    def _text(self, messages: list[dict[str, str]]) -> str:
+        return self._template.render(messages, enable_thinking=self.thinking)

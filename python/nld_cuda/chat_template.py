@@ -14,7 +14,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nld_cuda.decode.text import Tokenizer
-from nld_cuda.model.json_files import read_json_object
+from nld_cuda.decode.tokenizer_files import special_tokens
+from nld_cuda.model.json_files import read_json_object, read_text
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
@@ -64,7 +65,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens or {})
         try:
             self._template: Template = _environment().from_string(source)
-        except TemplateError as error:
+        except (TemplateError, RecursionError, ValueError) as error:
             raise ValueError(f"{origin}: must be a Jinja template: {error}") from None
 
     @classmethod
@@ -74,25 +75,26 @@ class ChatTemplate:
         """Read the template of a checkpoint folder.
 
         chat_template.jinja, else `chat_template` of chat_template.json or tokenizer_config.json
-        (the one named "default" where there are several), else ChatML where the tokenizer has its
-        tokens, else None.
+        (the one named "default" where there are several), else one that comes with the tokenizer
+        (Tekken), else ChatML where the tokenizer has its tokens, else None.
 
         Raises:
             ValueError: a file is no JSON object, or the template is none.
         """
         folder = Path(folder)
-        special = special_tokens(folder)
+        special = special_tokens(folder) if tokenizer is None else tokenizer.special_tokens
         file = folder / "chat_template.jinja"
         if file.is_file():
-            return cls(file.read_text(encoding="utf-8"), special, str(file))
+            return cls(read_text(file), special, str(file))
         for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
-            source = _json_object(file).get("chat_template")
-            if isinstance(source, list):
-                named = {entry["name"]: entry["template"] for entry in source}
-                source = named.get("default")
-            if source is not None:
-                return cls(str(source), special, f"{file}: chat_template")
-        if tokenizer is not None and None not in map(tokenizer.token_id, (TURN_BEGIN, TURN_END)):
+            found = read_json_object(file).get("chat_template") if file.is_file() else None
+            if found is not None:
+                return cls(_default_template(file, found), special, f"{file}: chat_template")
+        if tokenizer is None:
+            return None
+        if tokenizer.chat_template is not None:
+            return cls(tokenizer.chat_template, special, "the tokenizer's own chat template")
+        if None not in map(tokenizer.token_id, (TURN_BEGIN, TURN_END)):
             return cls(CHATML, special, "built-in ChatML template")
         return None
 
@@ -111,21 +113,33 @@ class ChatTemplate:
         """
         try:
             return self._template.render(
-                messages=[dict(m) for m in messages],
-                add_generation_prompt=add_generation_prompt,
-                **{**self._special_tokens, **variables},
+                **{
+                    "messages": [dict(m) for m in messages],
+                    "tools": None,  # templates tell "none" from "not defined"
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                    **self._special_tokens,
+                    **variables,
+                }
             )
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template may fail as any program may
             raise ValueError(f"{self._origin}: must accept the conversation: {error}") from None
 
 
-def special_tokens(folder: str | Path) -> dict[str, str]:
-    """Names and texts of the special tokens in tokenizer_config.json, such as `bos_token`."""
-    return {
-        name: str(value["content"]) if isinstance(value, dict) else value
-        for name, value in _json_object(Path(folder) / "tokenizer_config.json").items()
-        if name.endswith("_token") and isinstance(value, str | dict)
-    }
+def _default_template(file: Path, found: Any) -> str:
+    """The template, or the one named "default" of a list of named ones."""
+    if isinstance(found, list):
+        named = {
+            entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)
+        }
+        if "default" not in named:
+            raise ValueError(
+                f"{file}: chat_template must have an entry named 'default', got {list(named)}"
+            )
+        found = named["default"]
+    if not isinstance(found, str):
+        raise ValueError(f"{file}: chat_template must be a text, got {type(found).__name__}")
+    return found
 
 
 class _Generation(Extension):
@@ -145,8 +159,20 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
 
-    def to_json(value: Any, **options: Any) -> str:  # Jinja's own escapes for HTML
-        return json.dumps(value, **{"ensure_ascii": False, **options})
+    def to_json(  # Jinja's own escapes for HTML
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
@@ -158,7 +184,3 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     return environment
 
-
-def _json_object(file: Path) -> dict[str, Any]:
-    """What a file holds; nothing where there is none."""
-    return read_json_object(file) if file.is_file() else {}

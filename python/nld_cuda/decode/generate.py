@@ -118,13 +118,11 @@ def generate(
         ),
         session,
     )  # fmt: skip
-    try:
-        run.start()
-        while not run.finished:
-            run.advance()
-    finally:
-        if session is not None:
-            session.end(run)
+    run.start()
+    while not run.finished:
+        run.advance()
+    if session is not None:  # else what was cached before the call stays
+        session.end(run)
     return result_of(run, tokenizer)
 
 

@@ -1,35 +1,44 @@
-"""Text to ids and back, with the checkpoint's own tokenizer.json."""
+"""Text to ids and back, with the checkpoint's own tokenizer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
+
+from nld_cuda.decode.tokenizer_files import read_tokenizer
 
 REPLACEMENT = "\ufffd"  # what an incomplete multi-byte character decodes to
 
 
 class Tokenizer:
-    """A thin wrapper around `tokenizers`, which does the work."""
+    """A thin wrapper around `tokenizers`, which does the work.
 
-    def __init__(self, tokenizer: _Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    Attributes:
+        special_tokens: names and texts of special tokens, such as `bos_token`.
+        chat_template: Jinja source that comes with the tokenizer itself, None where it has none.
+    """
+
+    def __init__(
+        self,
+        backend: _Tokenizer,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        self._tokenizer = backend
+        self.special_tokens = dict(special_tokens or {})
+        self.chat_template = chat_template
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer | None:
-        """Read tokenizer.json of a checkpoint folder; None where there is none.
+        """Read the tokenizer of a checkpoint folder; None where there is none.
 
         Raises:
-            ValueError: the file is no tokenizer.
+            ValueError: a file is damaged, or the package that reads it is not installed.
         """
-        path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            return None
-        try:
-            return cls(_Tokenizer.from_file(str(path)))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{path}: must be a tokenizer in JSON form, got: {error}") from error
+        found = read_tokenizer(Path(folder))
+        return None if found is None else cls(**vars(found))
 
     @property
     def vocab_size(self) -> int:
@@ -37,8 +46,16 @@ class Tokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text, with or without the special tokens that the tokenizer itself adds."""
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        """Ids of a text, with or without the special tokens that the tokenizer itself adds.
+
+        Raises:
+            ValueError: the text holds halves of characters (what Python reads from bytes that are
+                not UTF-8).
+        """
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError:
+            raise ValueError(f"text must be valid Unicode, got {text[:80]!r}") from None
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ids; ids the tokenizer does not know decode to nothing."""

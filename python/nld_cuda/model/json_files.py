@@ -1,10 +1,23 @@
-"""JSON files of a checkpoint."""
+"""JSON files of a checkpoint, and other text."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+
+def read_text(file: Path) -> str:
+    """Read a text file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: must be text in UTF-8: {error}") from None
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
@@ -15,8 +28,8 @@ def read_json_object(file: Path) -> dict[str, Any]:
         ValueError: it holds something else.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # bad JSON, or no UTF-8
+        value = json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: must be a JSON file: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: must hold a JSON object, got {type(value).__name__}")
