@@ -15,8 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nld_cuda
-from nld_cuda import Chat, ChatTemplate
+from interrupted import Interrupted
+from nld_cuda import Chat, ChatTemplate, cli
 from nld_cuda.chat_template import CHATML
+from nld_cuda.cli import build_parser
+from nld_cuda.cli_chat import Console
+from tiny_model import config_fields, random_weights, write_checkpoint
 
 TINY = nld_cuda.api.ASSETS / "nld-tiny"
 BRACKETS = """{{ bos_token }}
@@ -199,6 +203,70 @@ def test_a_reader_that_stops() -> None:
     assert chat.messages == before
 
 
+@pytest.fixture(scope="module")
+def short_model(tmp_path_factory: pytest.TempPathFactory) -> nld_cuda.NLDModel:
+    """Random weights, nld-tiny's tokenizer, room for 96 tokens."""
+    folder = tmp_path_factory.mktemp("short")
+    fields = config_fields(vocab_size=361, max_position_embeddings=96, num_hidden_layers=2)
+    write_checkpoint(folder, fields, random_weights(fields))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, folder)
+    return nld_cuda.load(folder, device="cpu")
+
+
+def test_interrupted_answers(short_model: nld_cuda.NLDModel) -> None:
+    """Ctrl-C leaves what has been said, or nothing; either way the conversation goes on."""
+    keep_all = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    chat = Chat(short_model, template=keep_all, max_new_tokens=8, eos_token_id=(), mode="ar")
+    assert short_model.tokenizer is not None
+    for at in (3, 0):
+        before, said = list(chat.messages), []
+        with pytest.raises(KeyboardInterrupt):
+            for event in chat.ask("hello", ops=Interrupted("verify_", at, late=True)):
+                said += event.final_tokens
+        content = short_model.tokenizer.decode(said, skip_special_tokens=False)
+        turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": content}]
+        assert len(said) == at and chat.messages == before + (turns if at else [])
+    ids = short_model.tokenizer.encode(f"hello\n{chat.messages[1]['content']}\ngo on\n")
+    expected = nld_cuda.generate(short_model, ids[1:], "ar", max_new_tokens=8, eos_token_id=())
+    assert ask(chat, "go on") == expected.tokens[0]
+    assert chat.session.num_reused >= 5
+
+
+def test_a_conversation_that_fills_the_model(short_model: nld_cuda.NLDModel) -> None:
+    """Answers are cut to what is left; then there is a clear error, and a way on."""
+    chat = Chat(short_model, template="{{ messages | map(attribute='content') | join }}")
+    chat.options = {"max_new_tokens": 40, "eos_token_id": ()}
+    lengths = [len(ask(chat, "ten chars."))]
+    with pytest.raises(ValueError, match="prompt and new tokens must fit in 96 places"):
+        chat.ask("x", max_new_tokens=97)
+    for _ in range(6):
+        before = list(chat.messages)
+        try:
+            lengths.append(len(ask(chat, "ten chars.")))
+        except ValueError as error:
+            assert "must fit in the model's 96 places with room for an answer, got " in str(error)
+            break
+    else:
+        pytest.fail("never full")
+    assert chat.messages == before and lengths[0] == 40 and 0 < lengths[-1] < 40
+    chat.reset()
+    assert len(ask(chat, "ten chars.")) == 40
+
+
+def test_a_failed_or_unread_answer_leaves_no_turn(short_model: nld_cuda.NLDModel) -> None:
+    chat = Chat(short_model, max_new_tokens=4)
+    chat.ask("never read").close()
+    with pytest.raises(RuntimeError, match="no memory"):
+        list(chat.ask("x", ops=Failing()))
+    assert chat.messages == []
+
+
+class Failing:
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("no memory")
+
+
 def test_chat_errors(tmp_path: Path) -> None:
     model = nld_cuda.load("nld-tiny", device="cpu")
     folder = copy_of_tiny(tmp_path, additional_special_tokens=[])
@@ -255,3 +323,91 @@ def test_command_errors(tmp_path: Path) -> None:
     assert "none" in done.stderr and done.stderr.startswith("nld: error: ")
     done = nld_chat("--max-new-tokens", "4000", said="a\n", code=2)
     assert "prompt and new tokens must fit in 1024 places" in done.stderr
+
+
+def test_on_a_terminal(
+    short_model: nld_cuda.NLDModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Errors and Ctrl-C end an answer, not the conversation; a full model is said to be full."""
+    lines = iter(["a" * 80, "again", "/reset", "stop", "/stats off", "go on", "", "/mode ar", "b"])
+
+    def read(_: str) -> str:
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    args = build_parser().parse_args(["chat", "--max-new-tokens", "20"])
+    console = Console(short_model, args)
+    console._is_terminal = console._show_stats = True
+    real = console.chat.ask
+
+    def ask(line: str, **options: Any) -> Any:
+        return real(
+            line, **options, **({"ops": Interrupted("verify_", 1, True)} if line == "stop" else {})
+        )
+
+    monkeypatch.setattr(console.chat, "ask", ask)
+    console.chat._template = ChatTemplate("{{ messages | map(attribute='content') | join }}")
+    assert console.run() == 0
+    err = capsys.readouterr().err
+    for part in (
+        "tokens of the prompt reused",
+        "the model's 96 places are full: /reset starts over",
+        "chat: the conversation must fit in the model's 96 places",
+        "stopped",
+    ):
+        assert err.count(part) == 1, part
+    assert [m["content"] for m in console.chat.messages[::2]] == ["stop", "go on", "b"]
+
+
+def run_generate(capsys: pytest.CaptureFixture, *args: str, code: int = 0) -> tuple[str, str]:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["generate", "add 1542+4162", "--max-new-tokens", "48", *args])
+    assert int(stop.value.code or 0) == code
+    out, err = capsys.readouterr()
+    return out, err
+
+
+def test_generate_with_the_template(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """One turn of a chat: the same prompt, the same answer, in each way of printing it."""
+    model = nld_cuda.load("nld-tiny", device="cpu")
+    template = tmp_path / "plain.jinja"
+    template.write_text("{{ bos_token }}{{ messages[-1].content }}\n=>\n\n")
+    options = ("--chat", "--template", str(template))
+    assert json.loads(run_generate(capsys, *options, "--json")[0])["text"].endswith("=05704")
+    streamed, err = run_generate(capsys, *options)
+    assert streamed.endswith("=05704\n") and err.startswith("linear-spec: ")
+    assert run_generate(capsys, *options, "--no-stream")[0] == streamed
+
+    chat = Chat(model, system="S", thinking=True, max_thinking_tokens=3, max_new_tokens=48)
+    expected = ask(chat, "add 1542+4162")
+    options = ("--chat", "--system", "S", "--max-thinking-tokens", "3")
+    out, _ = run_generate(capsys, *options, "--json")
+    assert json.loads(out)["tokens"] == expected
+    streamed, _ = run_generate(capsys, *options)
+    thought = streamed.split("</think>\n")[0]
+    assert thought and run_generate(capsys, *options, "--no-stream")[0] == streamed
+    out, _ = run_generate(capsys, "--chat", "--no-think", "--json")
+    assert json.loads(out)["tokens"] == ask(Chat(model, max_new_tokens=48), "add 1542+4162")
+
+    for args, message in (
+        (("--think",), "--think must come with --chat"),
+        (("--max-thinking-tokens", "3"), "--max-thinking-tokens must come with --chat"),
+        (("--chat", "--no-think", "--max-thinking-tokens", "3"), "must not come with --no-think"),
+        (("--chat", "--template", str(tmp_path)), str(tmp_path)),
+    ):
+        out, err = run_generate(capsys, *args, code=2)
+        assert out == "" and err.count("\n") == 1 and message in err
+
+
+def test_models_without_a_mask_token_decode_in_ar(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    fields = config_fields(vocab_size=361, model_type="ministral3", mask_token_id=None)
+    write_checkpoint(tmp_path, fields, random_weights(fields))
+    shutil.copy(TINY / "tokenizer.json", tmp_path)
+    out, _ = run_generate(capsys, "--model", str(tmp_path), "--json")
+    assert json.loads(out)["mode"] == "ar"
+    _, err = run_generate(capsys, "--model", str(tmp_path), "--mode", "diffusion", code=2)
+    assert "it is made for mode ar" in err

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import nld_cuda
 from decode_cases import prompt, tiny_model
+from interrupted import Interrupted
 from nld_cuda import Session
 from nld_cuda.decode.kv_cache import KVCache
 
@@ -102,6 +103,40 @@ def test_any_edit_of_the_text(data: st.DataObject) -> None:
         assert session.tokens == (text + said)[: len(session.tokens)]
         cut = draw(st.integers(1, len(text + said)))
         text = (text + said)[:cut] + prompt(draw(st.integers(0, 6)), VOCAB, seed=turn)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "mode,op,at",
+    [
+        ("ar", "verify_", 3),
+        ("linear_spec", "verify_", 2),
+        ("linear_spec", "commit_", 1),
+        ("quadratic_spec", "compact_", 1),
+        ("quadratic_spec", "commit_", 2),
+        ("diffusion", "commit_", 3),
+        ("diffusion", "verify_", 2),
+    ],
+)
+def test_calls_that_end_in_the_middle_of_a_step(mode: str, op: str, at: int, late: bool) -> None:
+    """What half a step has left in the cache counts for nothing; what was emitted stays."""
+    model = tiny_model(VOCAB).model
+    session, text = Session(model, page_size=4), prompt(9, VOCAB)
+    options = {"max_new_tokens": 20, "page_size": 4, "eos_token_id": (), **MODES[mode]}
+    with pytest.raises(KeyboardInterrupt):
+        for event in nld_cuda.stream(
+            model, text, mode, session=session, ops=Interrupted(op, at, late), **options
+        ):
+            text += event.final_tokens
+    full = nld_cuda.generate(model, text[:9], mode, **options).tokens[0]
+    assert len(text) > 9 and text == (text[:9] + full)[: len(text)]
+    assert len(session.tokens) >= len(text) - 1, "no finished step is read again"
+    text = text[:9] + full
+    expected = nld_cuda.generate(model, text, "ar", max_new_tokens=9, eos_token_id=())
+    result = nld_cuda.generate(
+        model, text, "ar", max_new_tokens=9, eos_token_id=(), session=session, page_size=4
+    )
+    assert result.tokens == expected.tokens and session.num_reused >= 9
 
 
 def test_memory_grows_by_doubling() -> None:

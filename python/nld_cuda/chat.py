@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
@@ -156,19 +155,23 @@ class Chat:
         opened: str,
     ) -> Generator[StreamEvent, None, GenerateResult]:
         said: list[int] = []
+        failed = True
         try:
             while True:
                 try:
                     event = next(events)
                 except StopIteration as stop:
+                    failed = False
                     result: GenerateResult = stop.value
                     return result
                 said += event.final_tokens
                 yield event
+        except GeneratorExit:
+            failed = False
+            raise
         finally:
-            failed = sys.exc_info()[0] not in (None, GeneratorExit, StopIteration)
             events.close()
-            if said or not failed:
+            if said or not failed:  # else the conversation is as before
                 if said and said[-1] in self.eos_token_ids:
                     said.pop()
                 content = opened + self._tokenizer.decode(said, skip_special_tokens=False)

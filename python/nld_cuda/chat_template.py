@@ -183,4 +183,3 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     return environment
-

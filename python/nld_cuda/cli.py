@@ -12,12 +12,14 @@ from typing import Any, NoReturn
 
 DEFAULT_THRESHOLD = 0.9
 SMALL_MODEL = 20_000_000  # parameters; below, threads spend longer waiting than multiplying
+CHAT_OPTIONS = ("system", "think", "max_thinking_tokens", "template")
 MODES = ("ar", "diffusion", "linear-spec", "quadratic-spec")
 
 GENERATE_EXAMPLES = """examples:
   nld generate "sum 17 25" --mode linear-spec
   echo "sum 17 25" | nld generate --mode diffusion --threshold 0.9 --show-denoising
   nld generate "sum 17 25" --model path/to/checkpoint --temperature 0.7 --seed 3 --json
+  nld generate "Why is the sky blue?" --model path/to/instruct --chat --think
 """
 COMPARE_EXAMPLES = """examples:
   nld compare --demo                      problems the packaged model was not trained on
@@ -54,9 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_arguments(generate)
     add_decode_arguments(generate)
     add_json_argument(generate)
+    add_mode_argument(generate)
     generate.add_argument(
-        "--mode", choices=MODES, default="linear-spec", help="decode mode (default: %(default)s)"
-    )
+        "--chat", action="store_true",
+        help="answer the prompt as a user's turn, through the model's chat template",
+    )  # fmt: skip
+    add_chat_arguments(generate)
     generate.add_argument(
         "--no-stream", action="store_true", help="print the text when all of it is there"
     )
@@ -87,17 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_model_arguments(chat)
     add_decode_arguments(chat)
-    chat.add_argument(
-        "--mode", choices=MODES, default="linear-spec", help="decode mode (default: %(default)s)"
-    )
-    chat.add_argument("--system", metavar="TEXT", help="the system turn")
-    chat.add_argument("--think", action="store_true", help="ask the model to think first")
-    chat.add_argument(
-        "--max-thinking-tokens", type=int, metavar="N", help="end thoughts after so many tokens"
-    )
-    chat.add_argument(
-        "--template", metavar="FILE", help="chat template (Jinja) instead of the checkpoint's"
-    )
+    add_mode_argument(chat)
+    add_chat_arguments(chat)
     chat.set_defaults(run=run_chat)
 
     add_bench_command(commands)
@@ -211,6 +207,36 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_mode_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the decode mode."""
+    parser.add_argument(
+        "--mode", choices=MODES,
+        help="decode mode (default: linear-spec; ar for models that know no mask token)",
+    )  # fmt: skip
+
+
+def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what a chat template is told."""
+    parser.add_argument("--system", metavar="TEXT", help="the system turn")
+    parser.add_argument(
+        "--think", action=argparse.BooleanOptionalAction, default=None,
+        help="whether to ask the model to think first (default: no)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-thinking-tokens", type=int, metavar="N", help="think, for at most N tokens"
+    )
+    parser.add_argument(
+        "--template", metavar="FILE", help="chat template (Jinja) instead of the checkpoint's"
+    )
+
+
+def default_mode(args: argparse.Namespace, model: Any) -> str:
+    """The mode asked for, or the one this model is made for."""
+    if args.mode is not None:
+        return str(args.mode)
+    return "ar" if model.config.mask_token_id is None else "linear-spec"
+
+
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
     """Add the switch for programs that read the output."""
     parser.add_argument(
@@ -294,23 +320,38 @@ def decode_options(args: argparse.Namespace, mode: str, *, all_modes: bool) -> d
 def run_generate(args: argparse.Namespace) -> int:
     """Continue one prompt; stream it unless JSON or the whole text is asked for."""
     import nld_cuda
+    from nld_cuda import cli_chat, cli_view
 
-    prompt = read_prompt(args)
+    needs_chat = [name for name in CHAT_OPTIONS if getattr(args, name) is not None]
+    if needs_chat and not args.chat:
+        option = needs_chat[0].replace("_", "-")
+        raise ValueError(f"--{option} must come with --chat, which renders a conversation")
+    prompt: Any = read_prompt(args)
     model = load_model(args)
-    options = decode_options(args, args.mode, all_modes=False)
+    mode = default_mode(args, model)
+    options = decode_options(args, mode, all_modes=False)
+    chat = cli_chat.make_chat(model, args) if args.chat else None
+    if chat is not None:
+        chat.messages.append({"role": "user", "content": prompt})
+        prompt, options = chat.prompt(), {**chat.decode_options(), **options}
     if args.json or args.no_stream:
         result = nld_cuda.generate(model, [prompt], **options)
         if args.json:
-            print(json.dumps(result_record(result, args.mode)))
+            print(json.dumps(result_record(result, mode)))
+        elif chat is not None:
+            cli_chat.show_answer(chat, result.tokens[0])
         else:
             print(text_of(result))
         return 0
-    from nld_cuda import cli_view
-
-    show = cli_view.show_denoising if args.show_denoising else cli_view.show_text
-    stats = show(nld_cuda.stream(model, prompt, **options))
+    events = nld_cuda.stream(model, prompt, **options)
+    if args.show_denoising:
+        stats = cli_view.show_denoising(events)
+    elif chat is not None:
+        stats = cli_chat.show_events(chat, events).stats
+    else:
+        stats = cli_view.show_text(events)
     if stats is not None:
-        print(cli_view.stats_line(args.mode, stats), file=sys.stderr)
+        print(cli_view.stats_line(mode, stats), file=sys.stderr)
     return 0
 
 

@@ -1,16 +1,20 @@
-"""`nld chat`: reads turns, streams answers, changes settings between them."""
+"""`nld chat`: reads turns, streams answers, changes settings between them; `generate --chat`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from nld_cuda.chat import Chat
-from nld_cuda.cli import MODES, decode_options
+from nld_cuda.chat import THINK_END, Chat
+from nld_cuda.cli import MODES, decode_options, default_mode
 from nld_cuda.cli_view import stats_line
+from nld_cuda.decode.generate import GenerateResult
+from nld_cuda.decode.stream import StreamEvent
 from nld_cuda.decode.text import IncrementalDecoder
+from nld_cuda.model.json_files import read_text
 
 HELP = """\
 /mode NAME     ar, diffusion, linear-spec or quadratic-spec, from the next answer on
@@ -30,15 +34,8 @@ class Console:
 
     def __init__(self, model: Any, args: argparse.Namespace) -> None:
         self._args, self._model = args, model
-        template = None if args.template is None else Path(args.template).read_text("utf-8")
-        self.chat = Chat(
-            model,
-            system=args.system,
-            thinking=args.think or args.max_thinking_tokens is not None,
-            max_thinking_tokens=args.max_thinking_tokens,
-            template=template,
-        )
-        self.mode = args.mode
+        self.chat = make_chat(model, args)
+        self.mode = default_mode(args, model)
         self._is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self._show_stats = self._is_terminal
 
@@ -68,21 +65,20 @@ class Console:
     def _answer(self, line: str) -> None:
         options = decode_options(self._args, self.mode, all_modes=True)
         events = self.chat.ask(line, **options)
-        view = _View(self.chat, self._is_terminal)
         try:
-            for event in events:
-                view.show(event.final_tokens)
-                if event.result is not None and self._show_stats:
-                    view.finish()
-                    reused = f", {self.chat.session.num_reused} tokens of the prompt reused"
-                    self._note(stats_line(self.mode, event.result.stats) + reused)
+            result = show_events(self.chat, events)
         except KeyboardInterrupt:
             events.close()
             if not self._is_terminal:
                 raise
-            view.finish()
             self._note("stopped")
-        view.finish()
+            return
+        stats, places = result.stats, self._model.config.max_position_embeddings
+        if self._show_stats:
+            reused = f", {self.chat.session.num_reused} tokens of the prompt reused"
+            self._note(stats_line(self.mode, stats) + reused)
+        if stats.prompt_tokens + stats.new_tokens >= places:
+            self._note(f"the model's {places} places are full: /reset starts over")
 
     def _command(self, name: str, value: str = "") -> None:
         chat = self.chat
@@ -112,30 +108,67 @@ class Console:
         print(text, file=sys.stderr, flush=True)
 
 
-class _View:
-    """Prints an answer as it grows: thoughts dim on a terminal, then the answer itself."""
+def make_chat(model: Any, args: argparse.Namespace) -> Chat:
+    """The conversation that the options of the command line describe."""
+    budget = args.max_thinking_tokens
+    if args.think is False and budget is not None:
+        raise ValueError(f"--max-thinking-tokens must not come with --no-think, got {budget}")
+    return Chat(
+        model,
+        system=args.system,
+        thinking=args.think or budget is not None,
+        max_thinking_tokens=budget,
+        template=None if args.template is None else read_text(Path(args.template)),
+    )
 
-    def __init__(self, chat: Chat, is_terminal: bool) -> None:
+
+def show_events(chat: Chat, events: Generator[StreamEvent, None, GenerateResult]) -> GenerateResult:
+    """Print an answer as it grows."""
+    view = _View(chat)
+    try:
+        while True:
+            view.show(next(events).final_tokens)
+    except StopIteration as stop:
+        result: GenerateResult = stop.value
+        return result
+    finally:
+        view.finish()
+
+
+def show_answer(chat: Chat, tokens: list[int]) -> None:
+    """Print an answer."""
+    view = _View(chat)
+    view.show(tokens)
+    view.finish()
+
+
+class _View:
+    """Prints thoughts, dim on a terminal, and the answer on lines of its own."""
+
+    def __init__(self, chat: Chat) -> None:
         tokenizer = chat.model.tokenizer
         assert tokenizer is not None  # Chat made sure
         self._decoder = IncrementalDecoder(tokenizer)
-        self._end_think = chat.end_think_token_id
-        self._dim = chat.thinking and is_terminal
-        self._open = True
-        if self._dim:
+        self._ends, self._end_think = chat.eos_token_ids, chat.end_think_token_id
+        self._thinks = chat.thinking
+        self._is_dim = self._thinks and sys.stdout.isatty()
+        if self._is_dim:
             print(DIM, end="")
 
     def show(self, tokens: list[int]) -> None:
         """Print what these tokens complete."""
-        if self._end_think in tokens and self._dim:
+        if tokens and tokens[-1] in self._ends:  # some tokenizers would print it
+            tokens = tokens[:-1]
+        if self._thinks and self._end_think in tokens:
             cut = tokens.index(self._end_think) + 1
-            print(self._decoder.push(tokens[:cut]), end=PLAIN + "\n", flush=True)
-            self._dim = False
+            thought = self._decoder.push(tokens[:cut]) + self._decoder.finish()
+            # Most tokenizers count the mark as special and would leave it out.
+            mark = "" if self._is_dim or thought.rstrip().endswith(THINK_END) else THINK_END
+            print(thought + mark + (PLAIN if self._is_dim else ""), flush=True)
+            self._thinks = self._is_dim = False
             tokens = tokens[cut:]
         print(self._decoder.push(tokens), end="", flush=True)
 
     def finish(self) -> None:
-        """End the line, once."""
-        if self._open:
-            print(self._decoder.finish() + (PLAIN if self._dim else ""), flush=True)
-        self._open = False
+        """End the line."""
+        print(self._decoder.finish() + (PLAIN if self._is_dim else ""), flush=True)

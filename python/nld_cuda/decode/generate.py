@@ -118,11 +118,13 @@ def generate(
         ),
         session,
     )  # fmt: skip
-    run.start()
-    while not run.finished:
-        run.advance()
-    if session is not None:  # else what was cached before the call stays
-        session.end(run)
+    try:
+        run.start()
+        while not run.finished:
+            run.advance()
+    finally:
+        if session is not None:
+            session.end(run)
     return result_of(run, tokenizer)
 
 

@@ -117,18 +117,11 @@ def stream(
 def _in_session(
     session: Session, run: Run, tokenizer: Tokenizer | None
 ) -> Generator[StreamEvent, None, GenerateResult]:
-    """The events; what was said stays in the session where the reader stops between two of them.
-
-    A step that is interrupted may leave its own entries half written: then only what was cached
-    before this call stays.
-    """
+    """The events; what was said stays in the session however the reader stops."""
     try:
-        result = yield from _events(run, tokenizer)
-    except GeneratorExit:
+        return (yield from _events(run, tokenizer))
+    finally:
         session.end(run)
-        raise
-    session.end(run)
-    return result
 
 
 def _events(run: Run, tokenizer: Tokenizer | None) -> Generator[StreamEvent, None, GenerateResult]:
