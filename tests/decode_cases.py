@@ -8,11 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import nld_cuda
 from nld_cuda import NLDModel
+from nld_cuda.decode.kv_cache import KVCache
 from oracle import Logits, Options
 from tiny_model import config_fields, plain_logits, random_lora, random_weights, write_checkpoint
 
@@ -74,6 +76,18 @@ def tiny_model(
         at = f"base_model.model.encoder.layers.{i}.self_attn.o_proj"
         adapter.append(4 * lora[f"{at}.lora_B.weight"] @ lora[f"{at}.lora_A.weight"])
     return TinyModel(model, fields, weights, adapter)
+
+
+def poison_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches made from now on start full of NaN."""
+    make = KVCache.__init__
+
+    def poisoned(self: KVCache, *args: Any, **kw: Any) -> None:
+        make(self, *args, **kw)
+        self.k.fill_(torch.nan)
+        self.v.fill_(torch.nan)
+
+    monkeypatch.setattr(KVCache, "__init__", poisoned)
 
 
 def prompt(length: int, vocab: int, seed: int = 0) -> list[int]:

@@ -135,12 +135,11 @@ def splits_of(args: list, options: dict, case: AttentionCase) -> tuple[torch.Ten
     return plan, plans.parse(plan, batch).tiles
 
 
+@pytest.mark.backends("emulated")  # only the emulator can choose
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("tile_rows,gpu", KERNELS)
 def test_equal_splits_give_equal_bits(tile_rows: int, gpu: int, size: int, backend) -> None:
     """Merged in the cluster or by a second kernel, where the plan cuts as the cluster does."""
-    if backend.name != "emulated":
-        pytest.skip("only the emulator can choose")
     request = Request(ROWS_OF_TILE[tile_rows], 960 * size - 30, CAUSAL)
     case = AttentionCase("x", (request,), heads=4, kv_heads=1)
     args, options = make(case, BF16)
@@ -189,6 +188,7 @@ def test_out_is_written_through_its_strides(gpu: int, backend) -> None:
     assert (buffer == 7).all() and (lse_buffer == 7).all(), "written outside out"
 
 
+@pytest.mark.backends("emulated")  # only the emulator can choose
 @pytest.mark.parametrize("rows,gpu", [(3, BLACKWELL), (12, HOPPER), (40, HOPPER), (40, BLACKWELL)])
 @pytest.mark.parametrize("order", emulated.ORDERS)
 @pytest.mark.parametrize("landing", emulated.LANDINGS)
@@ -196,8 +196,6 @@ def test_out_is_written_through_its_strides(gpu: int, backend) -> None:
 def test_any_order_of_threads_and_copies(
     order: str, landing: str, rows: int, gpu: int, backend
 ) -> None:
-    if backend.name != "emulated":
-        pytest.skip("only the emulator can choose")
     requests = (Request(rows, 203, CAUSAL), Request(rows, 131, QUADRATIC, 4))
     case = AttentionCase("x", requests, heads=4, kv_heads=1)
     args, options = make(case, BF16)
@@ -223,13 +221,12 @@ def test_dependent_launches_wait(dtype: torch.dtype, gpu: int, backend) -> None:
     check(result, args, options)
 
 
+@pytest.mark.backends("emulated")  # counted by the emulator
 @pytest.mark.parametrize("size", [2, 8])
 @pytest.mark.parametrize("tile_rows,gpu", KERNELS)
 def test_traffic(tile_rows: int, gpu: int, size: int, backend) -> None:
     """K and V once, q once for each CTA (Hopper's kernel: with keys or without), out and lse once;
     nothing else is written: no partial result goes through global memory."""
-    if backend.name != "emulated":
-        pytest.skip("counted by the emulator")
     rows = ROWS_OF_TILE[tile_rows]
     case = AttentionCase(
         "x", (Request(rows, 600, FULL), Request(rows, 130)), heads=4, kv_heads=1, extra_rows=1

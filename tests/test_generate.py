@@ -16,9 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nld_cuda
 import tiny_tasks
-from decode_cases import END_THINK, EOS, MASK, TinyModel, prompt, tiny_model
+from decode_cases import END_THINK, EOS, MASK, TinyModel, poison_caches, prompt, tiny_model
 from nld_cuda import NLDModel, StreamEvent
-from nld_cuda.decode.kv_cache import KVCache
 from nld_cuda.decode.options import make_requests, make_settings
 from nld_cuda.decode.run import MODES, Run
 from tiny_model import config_fields, random_weights, write_checkpoint
@@ -95,14 +94,7 @@ def test_cache_garbage_does_not_matter(
     options = dict(max_new_tokens=14, eos_token_id=(), temperature=0.7, seed=3, **extra)
     prompts = [prompt(n, 7) for n in (5, 2)]
     clean = run(tiny, prompts, mode, **options)
-    make = KVCache.__init__
-
-    def poisoned(self: KVCache, *args: Any, **kw: Any) -> None:
-        make(self, *args, **kw)
-        self.k.fill_(torch.nan)
-        self.v.fill_(torch.nan)
-
-    monkeypatch.setattr(KVCache, "__init__", poisoned)
+    poison_caches(monkeypatch)
     assert run(tiny, prompts, mode, **options).tokens == clean.tokens
 
 
@@ -483,7 +475,7 @@ def test_default_eos_and_mask_are_the_checkpoints() -> None:
         ({"prompts": [[]]}, ValueError, "prompt must hold at least one token, got none"),
         ({"prompts": [[1], []]}, ValueError, r"at least one token, got none \(prompt 1\)"),
         ({"prompts": [61]}, ValueError, r"prompt must hold ids in \[0, 61\), got 61"),
-        ({"prompts": "text"}, ValueError, "has no tokenizer.json, got text"),
+        ({"prompts": "text"}, ValueError, "has no tokenizer, got text"),
         ({"prompts": 3}, TypeError, "prompts must be text, token ids, or a list"),
         ({"prompts": [[1.5]]}, TypeError, "a prompt must be text, a list of ints or a tensor"),
         ({"prompts": torch.ones(3)}, TypeError, "prompt tensor must be integer"),

@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nld_cuda
-from decode_cases import prompt, tiny_model
+from decode_cases import poison_caches, prompt, tiny_model
 from interrupted import Interrupted
 from nld_cuda import Session
-from nld_cuda.decode.kv_cache import KVCache
 
 MODES: dict[str, dict[str, Any]] = {
     "ar": {},
@@ -46,14 +45,7 @@ def test_turns_equal_fresh_calls(
 ) -> None:
     """Any mode may follow any other on the same cache, which starts full of NaN."""
     model = tiny_model(VOCAB).model
-    make = KVCache.__init__
-
-    def poisoned(self: KVCache, *args: Any, **kw: Any) -> None:
-        make(self, *args, **kw)
-        self.k.fill_(torch.nan)
-        self.v.fill_(torch.nan)
-
-    monkeypatch.setattr(KVCache, "__init__", poisoned)
+    poison_caches(monkeypatch)
     session = Session(model, page_size=4)
     text = prompt(9, VOCAB)
     options = {"page_size": 4, "temperature": heat, "seed": 3, "eos_token_id": (2, 5)}
@@ -61,10 +53,9 @@ def test_turns_equal_fresh_calls(
         options["max_new_tokens"] = 7 + 5 * turn
         fresh = nld_cuda.generate(model, text, mode, **options, **MODES[mode])
         cached = list(session.tokens)
-        rows = counted_rows(model, monkeypatch)
-        result = nld_cuda.generate(model, text, mode, session=session, **options, **MODES[mode])
-        monkeypatch.undo()
-        monkeypatch.setattr(KVCache, "__init__", poisoned)
+        with monkeypatch.context() as patch:
+            rows = counted_rows(model, patch)
+            result = nld_cuda.generate(model, text, mode, session=session, **options, **MODES[mode])
         assert result.tokens == fresh.tokens
         assert result.finish_reason == fresh.finish_reason
         assert text[: len(cached)] == cached and session.num_reused == len(cached)

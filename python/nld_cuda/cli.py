@@ -358,7 +358,7 @@ def run_generate(args: argparse.Namespace) -> int:
 def text_of(result: Any) -> str:
     """Return the text of a single result; a checkpoint without tokenizer has none."""
     if result.text is None:
-        raise ValueError("model must have a tokenizer.json to print text, got none: use --json")
+        raise ValueError("model must have a tokenizer to print text, got none: use --json")
     return str(result.text[0])
 
 

@@ -247,7 +247,7 @@ def _prompt_ids(prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError(
-                "generate: prompts must be token ids, this model has no tokenizer.json, got text"
+                "generate: prompts must be token ids, this model has no tokenizer, got text"
             )
         return tokenizer.encode(prompt)
     if isinstance(prompt, Tensor):
