@@ -245,6 +245,7 @@ def load(
         weights.config, weights.embed, weights.layers, weights.norm, weights.head,
         tokenizer=Tokenizer.from_folder(folder), folder=folder,
     )  # fmt: skip
+    model.vision = weights.vision
     if kv_dtype != "auto":
         model.kv_dtype = torch.float8_e4m3fn
     return model

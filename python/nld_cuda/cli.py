@@ -20,6 +20,7 @@ GENERATE_EXAMPLES = """examples:
   echo "sum 17 25" | nld generate --mode diffusion --threshold 0.9 --show-denoising
   nld generate "sum 17 25" --model path/to/checkpoint --temperature 0.7 --seed 3 --json
   nld generate "Why is the sky blue?" --model path/to/instruct --chat --think
+  nld generate "What is this?" --model path/to/vlm --image cat.jpg
 """
 COMPARE_EXAMPLES = """examples:
   nld compare --demo                      problems the packaged model was not trained on
@@ -145,10 +146,15 @@ def run_bench_kernels(args: argparse.Namespace) -> int:
 
 
 def add_prompt_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the prompt."""
+    """Add the prompt and its pictures."""
     parser.add_argument(
         "prompt", nargs="?", help="the prompt; read from standard input when absent"
     )
+    parser.add_argument(
+        "--image", metavar="FILE", action="append",
+        help="a picture, for a model that sees; several: in the order of the prompt's placeholders "
+        "([IMG], <|image_start|>), in front of a prompt without",
+    )  # fmt: skip
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -253,6 +259,16 @@ def read_prompt(args: argparse.Namespace) -> str:
     return sys.stdin.read().removesuffix("\n")
 
 
+def with_placeholders(model: Any, prompt: str, images: Sequence[str] | None) -> str:
+    """Put the images in front of a prompt that does not say where they stand."""
+    from nld_cuda.decode.images import ImageTokens
+
+    if not images or model.vision is None:
+        return prompt
+    placeholder = ImageTokens.of(model).placeholder
+    return prompt if placeholder in prompt else placeholder * len(images) + prompt
+
+
 @contextmanager
 def progress_line(label: str, show: bool) -> Iterator[Callable[[int, int], None] | None]:
     """Yield a callback of (bytes done, bytes in all) that keeps one line up to date, or None."""
@@ -328,6 +344,8 @@ def run_generate(args: argparse.Namespace) -> int:
         raise ValueError(f"--{option} must come with --chat, which renders a conversation")
     prompt: Any = read_prompt(args)
     model = load_model(args)
+    prompt = with_placeholders(model, prompt, args.image)
+    images = [args.image] if args.image else None
     mode = default_mode(args, model)
     options = decode_options(args, mode, all_modes=False)
     chat = cli_chat.make_chat(model, args) if args.chat else None
@@ -335,7 +353,7 @@ def run_generate(args: argparse.Namespace) -> int:
         chat.messages.append({"role": "user", "content": prompt})
         prompt, options = chat.prompt(), {**chat.decode_options(), **options}
     if args.json or args.no_stream:
-        result = nld_cuda.generate(model, [prompt], **options)
+        result = nld_cuda.generate(model, [prompt], images=images, **options)
         if args.json:
             print(json.dumps(result_record(result, mode)))
         elif chat is not None:
@@ -343,7 +361,7 @@ def run_generate(args: argparse.Namespace) -> int:
         else:
             print(text_of(result))
         return 0
-    events = nld_cuda.stream(model, prompt, **options)
+    events = nld_cuda.stream(model, prompt, images=images, **options)
     if args.show_denoising:
         stats = cli_view.show_denoising(events)
     elif chat is not None:
@@ -379,22 +397,26 @@ def run_compare(args: argparse.Namespace) -> int:
     from nld_cuda import cli_view
 
     if args.demo:
-        if args.prompt is not None or args.model != "nld-tiny":
+        if args.prompt is not None or args.image or args.model != "nld-tiny":
             raise ValueError("--demo must stand alone: it brings its own prompts and model")
         problems = demo_problems()
     else:
         problems = [{"prompt": read_prompt(args), "answer": None, "kind": None}]
     model = load_model(args)
+    images = [args.image] if args.image else None
+    for problem in problems:
+        problem["prompt"] = with_placeholders(model, problem["prompt"], args.image)
     runs = [(mode, decode_options(args, mode, all_modes=True)) for mode in MODES]
     # A short first round is not counted: it pays for page faults and torch's own set-up.
     for mode_options in (options for _, options in runs):
-        nld_cuda.generate(model, [problems[0]["prompt"]], **{**mode_options, "max_new_tokens": 16})
+        warm_up = {**mode_options, "max_new_tokens": 16, "images": images}
+        nld_cuda.generate(model, [problems[0]["prompt"]], **warm_up)
     records = []
     for problem in problems:
         rows = []
         for mode, options in runs:
             start = time.perf_counter()
-            result = nld_cuda.generate(model, [problem["prompt"]], **options)
+            result = nld_cuda.generate(model, [problem["prompt"]], images=images, **options)
             record = result_record(result, mode)
             record["seconds"] = time.perf_counter() - start
             if problem["answer"] is not None:
@@ -479,7 +501,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.rest = rest
     try:
         sys.exit(args.run(args))
-    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+    except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
         if isinstance(error, BrokenPipeError):
             # The reader of our output has gone; there is nobody left to tell.
             sys.stderr.close()

@@ -136,6 +136,8 @@ def quantize(
     _copy_the_rest(folder, out)
     fields = read_json_object(folder / "config.json")
     ignored = [] if head else [_head_name(files, config)]
+    if config.vision is not None:
+        ignored += ["re:.*vision_tower.*", "re:.*multi_modal_projector.*"]
     fields["quantization_config"] = _quantization_config(group_size, ignored)
     (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     return QuantizeSummary(num_quantized, num_resumed, total, target_bytes)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from nld_cuda import ops as default_ops
+from nld_cuda.decode.images import Images
 from nld_cuda.decode.options import Prompt, make_requests, make_settings
 from nld_cuda.decode.run import MODES, Run
 from nld_cuda.decode.state import Request
@@ -42,6 +43,7 @@ def generate(
     prompts: Prompt | Sequence[Prompt],
     mode: str = "linear_spec",
     *,
+    images: Images | None = None,
     max_new_tokens: int | Sequence[int] = 256,
     block_length: int | None = None,
     threshold: float | Sequence[float] | None = None,
@@ -70,6 +72,11 @@ def generate(
         prompts: a text, a list of texts, token ids (a list or a 1-D integer tensor), or a list or
             2-D tensor of those. Lengths may differ. Mask tokens in a prompt are ordinary tokens.
         mode: "ar", "diffusion", "linear_spec" or "quadratic_spec".
+        images: for a model with a vision tower: the pictures of each prompt, a list of lists (of
+            a single prompt also a picture or a list): files, PIL pictures, or prepared pixels
+            `[3, height, width]`, floating-point. A prompt has one placeholder per picture (`[IMG]`
+            or `<|image_start|>`, as the tokenizer has them), which is laid out as image tokens, or
+            those image tokens already. None: image tokens are ordinary tokens.
         max_new_tokens: most tokens to produce, never exceeded; one for all or one per prompt.
         block_length: tokens of a diffusion block, or rows of a draft (its first row is a token that
             is known already), >= 1; default: the model's own. Not in ar.
@@ -103,13 +110,15 @@ def generate(
             new tokens exceed the model's positions, text without a tokenizer, an unknown mode or
             rule, an argument that the mode has no use for.
         TypeError: an argument of the wrong type.
+        FileNotFoundError: an image is missing.
+        ImportError: images need a package that is missing; the message names the extra.
     """
     run, tokenizer = prepare_run(
         model, prompts, mode, ops,
         dict(
             max_new_tokens=max_new_tokens, temperature=temperature, threshold=threshold, seed=seed,
             eos_token_id=eos_token_id, max_thinking_tokens=max_thinking_tokens,
-            end_think_token_id=end_think_token_id,
+            end_think_token_id=end_think_token_id, images=images,
         ),
         dict(
             block_length=block_length, threshold=threshold, rule=rule, quota=quota,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nld_cuda.decode.images import Images, images_per_prompt, place_images
 from nld_cuda.decode.state import Request
 from nld_cuda.decode.text import Tokenizer
 from nld_cuda.ops import CommitRule
@@ -165,11 +166,13 @@ def make_requests(
     eos_token_id: Any,
     max_thinking_tokens: int | Sequence[int | None] | None,
     end_think_token_id: int | None,
+    images: Images | None = None,
 ) -> list[Request]:
     """One checked request per prompt; single values go to every request."""
     config = model.config
     ids = [_prompt_ids(p, tokenizer) for p in _prompt_list(prompts)]
     num = len(ids)
+    shown = images_per_prompt(images, num)
     limits = _per_request("max_new_tokens", max_new_tokens, num)
     temperatures = _per_request("temperature", temperature, num)
     thresholds = _per_request("threshold", 0.0 if threshold is None else threshold, num)
@@ -177,6 +180,7 @@ def make_requests(
     requests = []
     for b, prompt in enumerate(ids):
         which = f" (prompt {b})" if num > 1 else ""
+        prompt, placed = place_images(model, prompt, shown[b], which)
         if not prompt:
             raise ValueError(f"generate: prompt must hold at least one token, got none{which}")
         bad = [t for t in prompt if not 0 <= t < config.vocab_size]
@@ -208,6 +212,7 @@ def make_requests(
                 threshold=float(thresholds[b]),
                 max_thinking_tokens=budgets[b],
                 end_think_token_id=end_think_token_id,
+                images=placed,
             )
         )
     seeds = _seeds(seed, requests)

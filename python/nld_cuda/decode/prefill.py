@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nld_cuda.decode.images import unread_images
 from nld_cuda.decode.kv_cache import KVCache
 from nld_cuda.decode.state import DecodeState, Pass, Rows
 from nld_cuda.ops import MaskMode, VerifyMode
@@ -136,6 +137,7 @@ def prefill(
     seq_lens = torch.cat([ends, torch.where(ends > 0, ends + num_masks, 0)])[: len(counts)]
     modes = [MaskMode.CAUSAL] * batch + [MaskMode.FULL] * (len(counts) - batch)
 
+    features, feature_rows = unread_images(model, state.requests, cu[:batch].tolist())
     state.step_lens.copy_(ends)
     logits = model.forward(
         torch.tensor(tokens).to(device),
@@ -147,6 +149,8 @@ def prefill(
         cu.int().to(device),
         torch.tensor(modes, dtype=torch.int32).to(device),
         logits_rows=torch.cat([last_rows, mask_rows]).to(device),
+        features=features,
+        feature_rows=feature_rows,
     )
     state.count(Pass.PREFILL, ~state.done)
     cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nld_cuda.decode.images import image_marks
 from nld_cuda.decode.kv_cache import KVCache
 from nld_cuda.decode.state import Request, capacities
 
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 class Session:
     """Keeps keys and values of one text between calls of `generate` and `stream`.
 
-    Pass it as their `session`, with the whole text so far as the prompt each time. The part of the
-    prompt that equals the beginning of what is cached is not read again; where the two part, the
-    cache is rolled back. Every mode leaves the same kind of entries (causal ones, of tokens that
-    stayed), so modes may change from call to call. One call at a time.
+    Pass it as their `session`, with the whole text so far as the prompt each time, and all its
+    images. The part that equals the beginning of what is cached is not read again; where the two
+    part, the cache is rolled back. Every mode leaves the same kind of entries (causal ones, of
+    tokens that stayed), so modes may change from call to call. One call at a time.
 
     Attributes:
         model, page_size: as given.
@@ -34,6 +35,7 @@ class Session:
     def __init__(self, model: NLDModel, *, page_size: int = 16) -> None:
         """Start empty; memory is taken as the text grows, twice as much each time."""
         self.tokens: list[int] = []
+        self._marks: dict[int, bytes] = {}  # cached image tokens: what they show
         self.num_reused = 0
         self.model, self.page_size = model, page_size
         self._cache: KVCache | None = None
@@ -42,6 +44,7 @@ class Session:
     def forget(self, num_kept: int = 0) -> None:
         """Keep only the first `num_kept` cached tokens."""
         del self.tokens[num_kept:]
+        self._marks = {place: mark for place, mark in self._marks.items() if place < num_kept}
 
     @torch.inference_mode()
     def begin(
@@ -60,11 +63,11 @@ class Session:
             raise ValueError(
                 f"generate: page_size must be the session's, {self.page_size}, got {page_size}"
             )
-        prompt = list(requests[0].prompt)
+        prompt, marks = list(requests[0].prompt), image_marks(requests[0])
         shared = 0
         # The last token is always read: its logits give the next one.
         for ours, theirs in zip(self.tokens, prompt[:-1], strict=False):
-            if ours != theirs:
+            if ours != theirs or self._marks.get(shared) != marks.get(shared):
                 break
             shared += 1
         self.forget(shared)
@@ -76,7 +79,8 @@ class Session:
         """Take over what a call has left in the cache, finished or not."""
         state = run.state
         text = [*state.requests[0].prompt, *run.tokens()[0]]
-        self.tokens = text[: int(state.seq_lens[0])]
+        self.tokens, self._marks = text, image_marks(state.requests[0])
+        self.forget(int(state.seq_lens[0]))
 
     def _reserve(self, capacity: int) -> tuple[KVCache, Tensor]:
         """A cache for `capacity` tokens that holds what was cached."""

@@ -13,6 +13,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from nld_cuda.decode.images import PlacedImage
 from nld_cuda.decode.kv_cache import KVCache
 
 
@@ -40,6 +41,7 @@ class Request:
         end_think_token_id: needed with max_thinking_tokens.
         num_cached: leading prompt tokens whose keys and values are in the cache already; fewer
             than the prompt has.
+        images: what its image tokens stand for, in the order of the prompt.
     """
 
     prompt: Sequence[int]
@@ -51,6 +53,7 @@ class Request:
     max_thinking_tokens: int | None = None
     end_think_token_id: int | None = None
     num_cached: int = 0
+    images: tuple[PlacedImage, ...] = ()
 
 
 @dataclass

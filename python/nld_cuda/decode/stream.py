@@ -19,6 +19,7 @@ from nld_cuda.decode.text import IncrementalDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from nld_cuda.decode.session import Session
+    from nld_cuda.model.images import ImageInput
     from nld_cuda.model.transformer import NLDModel
 
 
@@ -72,6 +73,7 @@ def stream(
     prompt: Prompt,
     mode: str = "linear_spec",
     *,
+    images: ImageInput | Sequence[ImageInput] | None = None,
     max_new_tokens: int = 256,
     block_length: int | None = None,
     threshold: float | None = None,
@@ -100,7 +102,7 @@ def stream(
         dict(
             max_new_tokens=max_new_tokens, temperature=temperature, threshold=threshold, seed=seed,
             eos_token_id=eos_token_id, max_thinking_tokens=max_thinking_tokens,
-            end_think_token_id=end_think_token_id,
+            end_think_token_id=end_think_token_id, images=images,
         ),
         dict(
             block_length=block_length, threshold=threshold, rule=rule, quota=quota,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,12 +13,14 @@ from torch import Tensor
 from nld_cuda.model.config import DTYPES, ModelConfig
 from nld_cuda.model.fp8 import scaled_product
 from nld_cuda.model.fp8_files import Fp8Files
+from nld_cuda.model.images import ImageProcessor
 from nld_cuda.model.int4_files import Int4Files
 from nld_cuda.model.linear import Lora, QuantizedMatrix, Weight
 from nld_cuda.model.lora import ADAPTER_FOLDER, load_lora
 from nld_cuda.model.quantization import Fp8Config, Int4Config
 from nld_cuda.model.tensor_files import Progress, TensorFiles, checkpoint_files
 from nld_cuda.model.transformer import Layer, NLDModel
+from nld_cuda.model.vision import VisionEncoder, vision_shapes
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ RENAMED_PREFIXES = (
     ("language_model.", ""),
     ("model.", "encoder."),
     ("lm_head.", "diffusion_head."),
+    ("encoder.language_model.", "encoder."),
+    ("vision_tower.", "encoder.vision_tower."),
+    ("multi_modal_projector.", "encoder.multi_modal_projector."),
 )
 
 EMBEDDING = "encoder.embed_tokens.weight"  # looked up, not multiplied: never quantised
@@ -136,14 +141,15 @@ def load_model(
     config = ModelConfig.from_file(folder)
     files = TensorFiles(checkpoint_files(folder), canonical_name)
     tied = config.tie_word_embeddings
-    plan = _plan(config)
+    vision = vision_shapes(config)
+    plan = _plan(config) | {name: (None, name, shape) for name, shape in vision.items()}
     extra = {"diffusion_head.weight"} if tied else set()
     stored_format = _stored_format(files, config)
     expected: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, tuple[str, ...]] = {}
     quantised = set()
     for name, (_, _, shape) in plan.items():
-        is_matrix = len(shape) == 2 and name != EMBEDDING
+        is_matrix = len(shape) == 2 and name != EMBEDDING and name not in vision
         if stored_format is None or not is_matrix or not stored_format.holds(name):
             expected[name] = shape
             continue
@@ -189,7 +195,12 @@ def load_model(
         for i in range(config.num_layers)
     ]
     head = embed if tied else parameters[None, "head"]
-    return NLDModel(config, embed, layers, norm, head)
+    model = NLDModel(config, embed, layers, norm, head)
+    if config.vision is not None:
+        tensors: dict[str, Any] = {name: parameters[None, name] for name in vision}
+        processor = ImageProcessor.from_folder(folder, config.vision)
+        model.vision = VisionEncoder(config, tensors, processor)
+    return model
 
 
 def resolve_device(device: torch.device | str) -> torch.device:

@@ -12,10 +12,14 @@ import torch
 from nld_cuda.model.fields import Fields
 from nld_cuda.model.json_files import read_json_object
 from nld_cuda.model.quantization import Fp8Config, Int4Config, read_quantization
+from nld_cuda.model.vision_config import VisionConfig, read_vision_config
 
-TRI_MODE_TYPES = ("nemotron_labs_diffusion",)
+TRI_MODE_VISION_TYPE = "nemotron_labs_diffusion_vlm"
+TRI_MODE_TYPES = ("nemotron_labs_diffusion", TRI_MODE_VISION_TYPE)
 # The same layers without a mask token, in transformers' own layout: mode ar only.
 CAUSAL_TYPES = ("ministral3", "mistral", "llama")
+# With a vision tower; the fields of the text are in an object of their own or among the rest.
+CAUSAL_VISION_TYPE = "mistral3"
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,7 +31,6 @@ FIXED_FIELDS: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("sliding_window", (None,)),
     ("use_qk_norm", (False,)),
     ("dlm_paradigm", ("bidirectional",)),
-    ("vision_config", (None,)),
 )
 
 
@@ -83,6 +86,7 @@ class ModelConfig:
         block_size: diffusion block length of the training, the default of the decode modes.
         rope: rotary embedding.
         quantization: how matrices are stored, None: dense.
+        vision: the vision tower, None for a model of text alone.
     """
 
     vocab_size: int
@@ -103,6 +107,7 @@ class ModelConfig:
     block_size: int
     rope: RopeConfig
     quantization: Int4Config | Fp8Config | None = None
+    vision: VisionConfig | None = None
 
     @property
     def q_size(self) -> int:
@@ -132,9 +137,14 @@ class ModelConfig:
     @staticmethod
     def from_dict(fields: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
         """Check the fields of a config.json; `source` names it in errors. Raises as `from_file`."""
-        read = Fields(fields, source)
-        read.supported("model_type", TRI_MODE_TYPES + CAUSAL_TYPES, required=True)
+        outer = Fields(fields, source)
+        kinds = (*TRI_MODE_TYPES, *CAUSAL_TYPES, CAUSAL_VISION_TYPE)
+        outer.supported("model_type", kinds, required=True)
         is_tri_mode = fields["model_type"] in TRI_MODE_TYPES
+        has_vision = fields["model_type"] in (TRI_MODE_VISION_TYPE, CAUSAL_VISION_TYPE)
+        if not has_vision:
+            outer.supported("vision_config", (None,))
+        read = _text_fields(outer) if has_vision else outer
         for name, values in FIXED_FIELDS:
             read.supported(name, values)
         num_heads = read.count("num_attention_heads")
@@ -169,7 +179,21 @@ class ModelConfig:
             block_size=read.count("block_size", default=32),
             rope=_rope(read, head_dim, max_positions),
             quantization=read_quantization(read),
+            vision=read_vision_config(outer, vocab_size, is_tri_mode) if has_vision else None,
         )
+
+
+def _text_fields(outer: Fields) -> Fields:
+    """The fields of the text where they may be in `text_config`; those beside it come first."""
+    values = outer.get("text_config")
+    if values is None:
+        return outer
+    if not isinstance(values, dict):
+        outer.fail("text_config", "be an object", values)
+    inner = Fields(values, outer.source, "text_config.")
+    inner.supported("model_type", (*TRI_MODE_TYPES, *CAUSAL_TYPES), required=True)
+    beside = {k: v for k, v in outer.values.items() if v is not None and k != "model_type"}
+    return Fields({**values, **beside}, outer.source, "text_config.")
 
 
 def _dtype(read: Fields) -> torch.dtype | None:

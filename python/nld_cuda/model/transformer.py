@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from nld_cuda import ops
 from nld_cuda.model.config import ModelConfig
 from nld_cuda.model.linear import Lora, Weight, linear, linear_add_, linear_into, lora_add_
 from nld_cuda.model.rope import rope_frequencies
+
+if TYPE_CHECKING:
+    from nld_cuda.model.vision import VisionEncoder
 
 
 class LayerCaches(Protocol):
@@ -78,6 +81,7 @@ class NLDModel:
         has_lora: whether a draft adapter is loaded.
         plans_attention: whether a forward makes `ops.attention_plan` for all its layers. CUDA needs
             one (each layer would make its own); the CPU takes its schedule from the lengths.
+        vision: turns pictures into embeddings, None for a model that reads text only.
         embed: `[vocab, hidden]`; head: `[vocab, hidden]`, the same tensor where tied.
     """
 
@@ -94,6 +98,7 @@ class NLDModel:
         self.embed, self.norm, self.head = embed, norm, head
         self.layers = tuple(layers)
         self.device, self.dtype = embed.device, embed.dtype
+        self.vision: VisionEncoder | None = None
         self.kv_dtype, self.kv_scales = embed.dtype, cast(KVScales | None, None)
         self.has_lora = bool(self.layers) and all(layer.lora is not None for layer in self.layers)
         self.plans_attention = self.device.type == "cuda"
@@ -101,12 +106,13 @@ class NLDModel:
         self._inv_freq = inv_freq.to(self.device)
 
     def weights(self) -> list[Weight]:
-        """Every weight once, the adapter's included."""
+        """Every weight once, those of adapter and vision tower included."""
         found: list[Weight] = [self.embed, self.norm, self.head]
         for layer in self.layers:
             found += [layer.input_norm, layer.qkv, layer.o]
             found += [layer.mlp_norm, layer.gate_up, layer.down]
             found += [layer.lora.a, layer.lora.b] if layer.lora else []
+        found += self.vision.weights.values() if self.vision else ()
         return list({id(t): t for t in found}.values())
 
     @property
@@ -138,6 +144,8 @@ class NLDModel:
         block_phase: Tensor | None = None,
         use_lora: bool = False,
         logits_rows: Tensor | None = None,
+        features: Tensor | None = None,
+        feature_rows: Tensor | None = None,
     ) -> Tensor:
         """Run the model over the rows of a batch, append their keys and values, return logits.
 
@@ -157,6 +165,8 @@ class NLDModel:
             block_len, block_phase: `[batch]` int32, for the mask modes that need them.
             use_lora: whether the draft adapter is on.
             logits_rows: `[rows]` int64, rows to compute logits for; None: all.
+            features, feature_rows: `[n, hidden]`, `[n]` int64: embeddings that take the place of
+                those of the tokens in these rows (pieces of images).
 
         Returns:
             `[total or rows, vocab]` in the model's dtype. Row i holds the prediction *for* row i
@@ -169,6 +179,7 @@ class NLDModel:
         hidden = self.hidden(
             tokens, positions, slot_mapping, cache, page_table, seq_lens, cu_seqlens_q, mask_mode,
             block_len=block_len, block_phase=block_phase, use_lora=use_lora,
+            features=features, feature_rows=feature_rows,
         )  # fmt: skip
         return self.logits(hidden, logits_rows)
 
@@ -197,6 +208,8 @@ class NLDModel:
         block_len: Tensor | None = None,
         block_phase: Tensor | None = None,
         use_lora: bool = False,
+        features: Tensor | None = None,
+        feature_rows: Tensor | None = None,
     ) -> Tensor:
         """Run all layers and return `[total, hidden]`, not normed. Arguments as `forward`."""
         if use_lora and not self.has_lora:
@@ -211,6 +224,8 @@ class NLDModel:
         # One buffer and one set of views for all layers: a layer then makes few torch calls.
         total, inner = tokens.shape[0], config.intermediate_size
         x = F.embedding(tokens, self.embed)
+        if features is not None and feature_rows is not None:
+            x.index_copy_(0, feature_rows, features.to(x.dtype))
         qkv = x.new_empty(total, config.q_size + 2 * config.kv_size)
         q, k, v = qkv.view(total, heads + 2 * kv_heads, config.head_dim).split(
             (heads, kv_heads, kv_heads), dim=1
