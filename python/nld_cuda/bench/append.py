@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from nld_cuda import ops, reference
 from nld_cuda.bench import grid
-from nld_cuda.bench.base import Baseline, NotRun, Prepared, dtype_of
+from nld_cuda.bench.base import Baseline, NotRun, Prepared, compiled, dtype_of
 
 
 class AppendProblem:
@@ -168,12 +167,7 @@ def _differs_compact(problem: CompactProblem, result: None) -> str | None:
 
 
 TORCH = Baseline("torch", _make, _differs_append)
-COMPILED = replace(
-    TORCH, name="torch compiled", make=_make_compiled,
-    missing=lambda device: None if device == "cuda" else "is measured on CUDA only",
-    costly=lambda cell: None if cell.headline else "compiles some seconds for every shape",
-    note="torch.compile of the eager pipeline",
-)  # fmt: skip
+COMPILED = compiled(TORCH, _make_compiled)
 BASELINES = (TORCH, COMPILED)
 COMPACT_BASELINES = (
     Baseline("torch", lambda p: Prepared(p.eager), _differs_compact, in_graph=False),

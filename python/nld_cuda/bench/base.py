@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -96,6 +96,18 @@ class Baseline:
     layout: str = ""
     layout_bytes: Callable[[Any], float] = lambda cell: 0.0
     note: str = ""
+
+
+def compiled(eager: Baseline, make: Callable[[Any], Prepared]) -> Baseline:
+    """Return the torch.compile twin of an eager baseline."""
+    return replace(
+        eager,
+        name=f"{eager.name} compiled",
+        make=make,
+        missing=lambda device: None if device == "cuda" else "is measured on CUDA only",
+        costly=lambda cell: None if cell.headline else "compiles some seconds for every shape",
+        note="torch.compile of the eager pipeline",
+    )
 
 
 def needs_cuda_module(*modules: str) -> Callable[[str], str | None]:

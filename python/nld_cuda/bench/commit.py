@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from nld_cuda import ops
 from nld_cuda.bench import grid
-from nld_cuda.bench.base import Baseline, Prepared, dtype_of
+from nld_cuda.bench.base import Baseline, Prepared, compiled, dtype_of
 from nld_cuda.ops import CommitRule
 
 MASK, THRESHOLD = 100, 0.9
@@ -128,12 +127,7 @@ def _read_bytes(cell: grid.Commit) -> float:
 TORCH = Baseline(
     "torch", _make, _differs, refuses=_refuses, layout="torch commit", layout_bytes=_read_bytes
 )
-COMPILED = replace(
-    TORCH, name="torch compiled", make=_make_compiled,
-    missing=lambda device: None if device == "cuda" else "is measured on CUDA only",
-    costly=lambda cell: None if cell.headline else "compiles some seconds for every shape",
-    note="torch.compile of the eager pipeline",
-)  # fmt: skip
+COMPILED = compiled(TORCH, _make_compiled)
 # The time that reading the logits takes at least, by a torch sum.
 READ = Baseline(
     "read (sum)", lambda p: Prepared(p.logits.sum), lambda problem, result: None,
