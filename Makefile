@@ -2,11 +2,14 @@
 # make test   build everything and run the tests
 # Both create .venv and install torch into it if need be; only Python >= 3.10 and a C++ compiler must be there before.
 #   PYTHON=python3.12   which Python makes .venv
+#   JOBS=4              how many tests run side by side (default 2)
 #   TORCH=torch==2.12.0 which torch to install (default: a CPU build where no NVIDIA GPU is found)
 
 PYTHON ?= python3
 TORCH ?=
+JOBS ?= 2
 PY := .venv/bin/python
+PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadscope
 PIP := $(PY) -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
@@ -17,7 +20,7 @@ demo: build
 
 test: build
 	@$(if $(PYTEST_ARGS),,$(MAKE) --no-print-directory emulated)
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 
 # The CUDA kernels on the CPU, a few cases of every test: under every order of threads and landing of copies, under the
 # race checker, under AddressSanitizer and UBSan (whose libraries must be there before Python; torch leaks on purpose;
@@ -25,9 +28,9 @@ test: build
 ASAN := LD_PRELOAD="$(shell c++ -print-file-name=libasan.so) $(shell c++ -print-file-name=libubsan.so)" \
         ASAN_OPTIONS=detect_leaks=0
 emulated: build
-	@$(PY) -m pytest --emulated plain --emulated-schedules --emulated-sample 1
-	@$(PY) -m pytest --emulated checked --emulated-sample 1
-	@$(ASAN) $(PY) -m pytest --capture=sys --emulated asan --emulated-sample 1 $(foreach op,attention attention_sm90 attention_cluster fp8 kv_cache sampler verify,tests/test_$(op).py)
+	@$(PYTEST) --emulated plain --emulated-schedules --emulated-sample 1
+	@$(PYTEST) --emulated checked --emulated-sample 1
+	@$(ASAN) $(PYTEST) --capture=sys --emulated asan --emulated-sample 1 $(foreach op,attention attention_sm90 attention_cluster fp8 kv_cache sampler verify,tests/test_$(op).py)
 
 build: .venv/.built
 

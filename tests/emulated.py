@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import os
 import shutil
@@ -61,9 +62,12 @@ def make(target: str, *options: str) -> None:
     compilers = {
         name: v for name, v in os.environ.items() if name != "LD_PRELOAD"
     }  # not under ASan
-    for command in (configure, [tool("cmake"), "--build", str(BUILD), "--target", target]):
-        done = subprocess.run(command, capture_output=True, text=True, env=compilers)
-        assert done.returncode == 0, f"{target} does not build:\n{done.stdout}{done.stderr}"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest -n: the first worker builds
+        for command in (configure, [tool("cmake"), "--build", str(BUILD), "--target", target]):
+            done = subprocess.run(command, capture_output=True, text=True, env=compilers)
+            assert done.returncode == 0, f"{target} does not build:\n{done.stdout}{done.stderr}"
 
 
 @functools.cache
