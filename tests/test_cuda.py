@@ -7,22 +7,26 @@ that is not reset, a length that was baked in).
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import nld_cuda
 from decode_cases import prompt, tiny_model
 from nld_cuda import _library, ops
 from nld_cuda.decode.options import make_requests, make_settings
 from nld_cuda.decode.run import Run
 from nld_cuda.decode.state import Pass
-from nld_cuda.model import NLDModel
+from nld_cuda.model import NLDModel, fp8, int4
 from nld_cuda.model.transformer import Layer
+from nld_cuda.quantize import quantize
 from replay_cases import NUM_VARIANTS, REPLAY_CASES, Call, ReplayCase
 
 HAS_CUDA = torch.cuda.is_available() and bool(_library.C.cuda_archs())
@@ -176,6 +180,26 @@ def test_mixed_devices_are_refused() -> None:
         ops.gumbel_noise_(noise, seed.cuda(), positions)
 
 
+@needs_cuda
+@pytest.mark.parametrize("rows", [32, 300])
+@pytest.mark.parametrize("format", ["int4", "fp8", "fp8 scaled"])
+def test_quantized_product_in_a_graph(format: str, rows: int) -> None:
+    """A replay reads the rows anew, and equals the call."""
+    weight, device = torch.randn(256, 512), torch.device("cuda")
+    if format == "int4":
+        product = int4.make_matrix(*int4.quantize(weight, 128), device).product
+    else:
+        codes, scales = fp8.quantize(weight)
+        way = fp8.scaled_product(device) if format == "fp8 scaled" else None
+        product = fp8.Fp8Matrix(codes.cuda(), scales.float().cuda(), way).product
+    x = torch.randn(rows, 512, device="cuda").bfloat16()
+    out = x.new_empty(rows, 256)
+    replay = capture(lambda: out.copy_(product(x)))
+    x.normal_()
+    replay()
+    assert torch.equal(out, product(x))
+
+
 # ---- whole decoding --------------------------------------------------------------------------
 
 
@@ -274,3 +298,18 @@ def test_decode_steps_do_not_wait(mode: str, exact_matmuls: None) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
+
+
+@needs_cuda
+@pytest.mark.parametrize("format", ["int4", "fp8"])
+def test_quantized_checkpoint(format: str, tmp_path: Path) -> None:
+    """nld-tiny, quantised, solves problems in every mode."""
+    quantize("nld-tiny", tmp_path, format=format, group_size=32 if format == "int4" else None)
+    model = nld_cuda.load(tmp_path, device="cuda")
+    lines = (nld_cuda.api.ASSETS / "nld-tiny/heldout.jsonl").read_text().splitlines()[:160:10]
+    problems = [json.loads(line) for line in lines]
+    for mode in MODES:
+        found = nld_cuda.generate(model, [p["prompt"] for p in problems], mode, max_new_tokens=240)
+        assert found.text is not None
+        pairs = zip(found.text, problems, strict=True)
+        assert sum(text.strip() != p["answer"].strip() for text, p in pairs) <= 1

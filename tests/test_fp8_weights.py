@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from nld_cuda import cli
 from nld_cuda.model import ModelConfig, NLDModel, fp8, load_model
 from nld_cuda.model.fp8 import Fp8Matrix
 from nld_cuda.quantize import quantize
-from quantized_cases import SIDES, llama_weights, logits_of, small_llama
+from quantized_cases import DEVICES, SIDES, llama_weights, logits_of, small_llama
 from tiny_model import config_fields, random_lora, random_weights, write_checkpoint
 
 TINY = nld_cuda.api.ASSETS / "nld-tiny"
@@ -47,35 +48,41 @@ def test_dequantised_weights_are_rounded_once(dtype: torch.dtype) -> None:
     assert_equal(target, (codes.double() * wide.double()).float().to(dtype), "weights")
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [0, 1, 5, 33])
-def test_products(rows: int) -> None:
+def test_products(rows: int, device: str) -> None:
     """Widened, the only errors are those of a sum in bfloat16; scaled, those of rounded rows."""
     torch.manual_seed(0)
     weight = torch.randn(48, 512) * torch.logspace(-3, 3, 48)[:, None]
     codes, scales = fp8.quantize(weight)
-    step = weight.abs() / 16 + scales.float() / 512  # half a step of 3 bits, or of a subnormal
-    assert ((codes.float() * scales.float() - weight).abs() <= step * 1.01).all()
+    scales = scales.float()
+    step = weight.abs() / 16 + scales / 512  # half a step of 3 bits, or of a subnormal
+    assert ((codes.float() * scales - weight).abs() <= step * 1.01).all()
     x = torch.randn(rows, 512).bfloat16()
-    matrix = Fp8Matrix(codes, scales.float())
+    matrix = Fp8Matrix(codes.to(device), scales.to(device))
     assert matrix.shape == (48, 512) and matrix.numel() == 48 * 512
     assert matrix.num_bytes == 48 * 512 + 48 * 4
     exact = x.double() @ (codes.double() * scales.double()).T
-    assert matrix.product(x).shape == (rows, 48)
+    found = matrix.product(x.to(device)).cpu()
     sizes = exact.abs() + 1e-3 * weight.double().norm(dim=1)
-    assert ((matrix.product(x).double() - exact).abs() <= sizes * 2**-7).all()
+    assert found.shape == (rows, 48) and ((found.double() - exact).abs() <= sizes * 2**-7).all()
+    way = fp8.scaled_product(torch.device(device))
+    assert way == "rows" or device == "cuda"
     for scale in (None, torch.tensor(0.004)):
         x_codes, x_scales = fp8.round_rows(x, scale)
         rounded = x_codes.double() * x_scales.double()
         expected = rounded @ (codes.double() * scales.double()).T
-        if scale is None and rows:
+        if scale is None:
             assert x_codes.float().abs().amax(dim=1).eq(fp8.LARGEST).all()
-        if scale is not None:
-            assert_equal(rounded.abs() <= 0.004 * 448 * 1.001, torch.ones_like(rounded).bool(), "")
-        for way in ("rows", "tensor"):
-            found = Fp8Matrix(codes, scales.float(), way, scale).product(x)
+        else:
+            assert (rounded.abs() <= 0.004 * 448 * 1.001).all(), "cut off"
+        sizes = expected.abs() + 1e-3 * weight.double().norm(dim=1)
+        for other in {"tensor", way} if way else ():
+            input_scale = None if scale is None else scale.to(device)
+            scaled = dataclasses.replace(matrix, scaled_product=other, input_scale=input_scale)
+            found = scaled.product(x.to(device)).cpu()
             assert found.dtype == torch.bfloat16
-            assert torch.allclose(found.double(), expected, rtol=2**-7, atol=1e-3)
-    assert fp8.scaled_product(CPU) == "rows"
+            assert ((found.double() - expected).abs() <= sizes * 2**-6).all()
 
 
 def test_rows_of_zeros_are_rounded_to_zeros() -> None:

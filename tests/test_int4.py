@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from nld_cuda import cli
 from nld_cuda.model import int4, load_model
 from nld_cuda.model.int4 import Int4Matrix
 from nld_cuda.quantize import quantize
-from quantized_cases import SIDES, llama_weights, logits_of, small_llama
+from quantized_cases import DEVICES, SIDES, llama_weights, logits_of, small_llama
 from tiny_model import config_fields, random_lora, random_weights, write_checkpoint
 
 TINY = nld_cuda.api.ASSETS / "nld-tiny"
@@ -65,22 +66,58 @@ def gptq_tensors(name: str, codes: Tensor, scales: Tensor, stored_zero: int) -> 
     }
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
-@pytest.mark.parametrize("rows", [1, 5, 33])
-def test_product(group_size: int, rows: int) -> None:
-    torch.manual_seed(0)
-    weight = torch.randn(48, 512)
+def check_product(outs: int, rows: int, group_size: int, device: torch.device) -> None:
+    weight = torch.randn(outs, 512)
     codes, scales = int4.quantize(weight, group_size)
-    matrix = int4.make_matrix(codes, scales, CPU)
+    matrix = int4.make_matrix(codes, scales, device)
     dense = int4.dequantize(codes, scales)
     assert (dense - weight).abs().max() <= scales.float().max() * 1.02, "half a step, clipped: one"
     x = torch.randn(rows, 512).bfloat16()
     exact = x.double() @ dense.double().T
     plain = (x @ dense.bfloat16().T).double() - exact
-    ours = matrix.product(x).double() - exact
+    ours = matrix.product(x.to(device)).cpu().double() - exact
     assert ours.abs().max() <= 2 * plain.abs().max()
     assert matrix.numel() == weight.numel()
     assert matrix.num_bytes == weight.numel() // 2 + 4 * scales.numel()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+@pytest.mark.parametrize("rows", [1, 5, 33, 300])
+def test_product(group_size: int, rows: int, device: str) -> None:
+    torch.manual_seed(0)
+    check_product(48, rows, group_size, torch.device(device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("outs", [16, 64, 176])
+def test_product_of_many_rows(outs: int, device: str) -> None:
+    """Expanded slice by slice, but for the outputs past the last whole block."""
+    torch.manual_seed(0)
+    place = torch.device(device)
+    assert int4.packed_block(place) in ((8,) if device == "cuda" else (64, 32))
+    check_product(outs, max(int4.MOST_ROWS_CPU, int4.MOST_ROWS_GPU) + 1, 64, place)
+    matrix = int4.make_matrix(*int4.quantize(torch.randn(outs, 512), 64), place)
+    assert matrix.product(torch.empty(0, 512, device=place).bfloat16()).shape == (0, outs)
+    for begin in range(0, outs - outs % matrix.block, matrix.block):
+        x = torch.eye(512, device=place).bfloat16()
+        packed = matrix.packed_product(x)[:, begin : begin + matrix.block]
+        unpacked = matrix.expanded_product(x)[:, begin : begin + matrix.block]
+        assert_equal(unpacked, packed, "the matrix itself")
+
+
+def test_codes_packed_for_cuda() -> None:
+    """Against the order in torch's CUDA source: lane t, word j of a tile of 8 outputs."""
+    codes = torch.randint(16, (16, 256), generator=torch.Generator().manual_seed(0))
+    words = torch.zeros(2, 2, 32, 4, dtype=torch.int64)
+    for i, tile, lane, j in itertools.product(range(2), range(2), range(32), range(4)):
+        row, first = codes[8 * i + lane // 4], 128 * tile + 32 * j + 2 * (lane % 4)
+        for n, offset in enumerate((0, 8, 16, 24)):
+            even, odd = row[first + offset : first + offset + 2].tolist()
+            words[i, tile, lane, j] |= even << 4 * n | odd << 16 + 4 * n
+    packed = torch.where(words >= 2**31, words - 2**32, words).int()
+    expected = codes.view(2, 8, 256).transpose(1, 2).to(torch.int8)
+    assert_equal(int4.unpack_cuda(packed), expected, "codes")
 
 
 def test_which_matrices_are_multiplied_in_4_bits() -> None:

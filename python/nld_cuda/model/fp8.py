@@ -13,9 +13,6 @@ from torch import Tensor
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
-# Weights that are widened at a time for a product: small enough for a CPU's cache; on a GPU as
-# many as keep launches few.
-_SLICE = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +59,16 @@ class Fp8Matrix:
         """The weights are exact in the sums; the scales multiply these."""
         out, inputs = self.shape
         result = x.new_empty(x.shape[0], out)
-        step = max(1, _SLICE[x.device.type] // inputs)
+        step = max(1, slice_len(x.device) // inputs)
         for begin in range(0, out, step):
             rows = slice(begin, begin + step)
             torch.mm(x, widen(self.codes[rows]).t(), out=result[:, rows])
         return result.mul_(self.scales.t())
+
+
+def slice_len(device: torch.device) -> int:
+    """Weights to expand at a time: what fits a CPU's cache; on a GPU what keeps launches few."""
+    return 1 << 20 if device.type == "cpu" else 1 << 25
 
 
 def can_scale(shape: tuple[int, int]) -> bool:
@@ -145,11 +147,9 @@ def widen(codes: Tensor) -> Tensor:
         return codes.bfloat16()
     # torch's own cast takes four times as long. Exponent and mantissa go to the low end of
     # bfloat16's, which is 2^-120 of the value, subnormals included.
-    bits = codes.view(torch.int8).short()
-    signs = bits & -0x8000
-    return bits.bitwise_and_(0x7F).bitwise_left_shift_(4).bitwise_or_(signs).view(
-        torch.bfloat16
-    ).mul_(2.0**120)  # fmt: skip
+    bits = codes.view(torch.int8).short()  # with copies of the sign above it
+    bits.bitwise_left_shift_(4).bitwise_and_(0x87F0 - 0x10000)
+    return bits.view(torch.bfloat16).mul_(2.0**120)
 
 
 def dequantize_into(
@@ -164,7 +164,7 @@ def dequantize_into(
         block_in: inputs that share a scale; None: all.
     """
     out, inputs = codes.shape
-    step = max(1, _SLICE[target.device.type] // inputs)
+    step = max(1, slice_len(target.device) // inputs)
     for begin in range(0, out, step):
         rows = slice(begin, begin + step)
         wide = scales[rows].repeat_interleave(block_in or inputs, dim=1)[:, :inputs]
