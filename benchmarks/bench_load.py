@@ -106,12 +106,12 @@ def resident_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status must have a line {field}, found none")
 
 
-def load_here(folder: Path, device: str, dtype: str) -> dict[str, Any]:
-    """Load in this process and say what it took."""
+def load_here(folder: Path, device: str, dtype: str, **options: Any) -> dict[str, Any]:
+    """Load in this process (`options` as of `nld_cuda.load`) and say what it took."""
     torch.empty(1)  # the allocator's own start-up
     start_bytes = resident_bytes("VmRSS")
     begin = time.perf_counter()
-    model = nld_cuda.load(folder, device=device, dtype=dtype)
+    model = nld_cuda.load(folder, device=device, dtype=dtype, **options)
     seconds = time.perf_counter() - begin
     peak = resident_bytes("VmHWM") - start_bytes
     return {

@@ -57,25 +57,34 @@ def tiny_model(
 
     `dtype` is the loaded model's; `changes` replace fields of its config.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        fields, weights, lora = write_tiny(Path(folder), vocab, seed, layers, **changes)
+        model = nld_cuda.load(folder, device="cpu", dtype=dtype)
+    adapter = []
+    for i in range(layers):
+        at = f"base_model.model.encoder.layers.{i}.self_attn.o_proj"
+        adapter.append(4 * lora[f"{at}.lora_B.weight"] @ lora[f"{at}.lora_A.weight"])
+    return TinyModel(model, fields, weights, adapter)
+
+
+def write_tiny(
+    folder: Path, vocab: int = 61, seed: int = 0, layers: int = 2, **changes: Any
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """Write the checkpoint of `tiny_model`; return its config, weights and adapter."""
     generator_state = torch.get_rng_state()
     torch.manual_seed(1000 + seed)
     fields = config_fields(vocab_size=vocab, num_hidden_layers=layers, **changes)
     weights = random_weights(fields)
     # Loud enough that no argmax hangs on rounding; and what all tokens share makes all places
     # predict alike, so that drafts are often right.
-    weights["diffusion_head.weight"] *= 3
-    weights["diffusion_head.weight"][EOS] *= 0.5
+    if "diffusion_head.weight" in weights:
+        weights["diffusion_head.weight"] *= 3
+        weights["diffusion_head.weight"][EOS] *= 0.5
     weights["encoder.embed_tokens.weight"] += 0.6 * torch.randn(fields["hidden_size"])
     lora = {name: t * 0.4 for name, t in random_lora(fields, rank=4).items()}
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), fields, weights, lora=lora)
-        model = nld_cuda.load(folder, device="cpu", dtype=dtype)
     torch.set_rng_state(generator_state)
-    adapter = []
-    for i in range(layers):
-        at = f"base_model.model.encoder.layers.{i}.self_attn.o_proj"
-        adapter.append(4 * lora[f"{at}.lora_B.weight"] @ lora[f"{at}.lora_A.weight"])
-    return TinyModel(model, fields, weights, adapter)
+    write_checkpoint(folder, fields, weights, lora=lora)
+    return fields, weights, lora
 
 
 def poison_caches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ RANKS = (
     ("reference", "version"),  # import nothing of ours
     ("_library", "_C"),
     ("ops",),
-    ("model",),
+    ("model", "parallel"),
     ("decode",),
     ("", "cli", "info", "__main__"),  # "" is the package itself
 )

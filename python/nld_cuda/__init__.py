@@ -5,6 +5,7 @@ from nld_cuda import _library as _library  # first: it says plainly when torch i
 
 # isort: on
 from nld_cuda import ops as ops
+from nld_cuda import parallel as parallel
 from nld_cuda import reference as reference
 from nld_cuda.api import NLDModel as NLDModel
 from nld_cuda.api import load as load

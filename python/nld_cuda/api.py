@@ -15,6 +15,7 @@ from nld_cuda.decode.generate import GenerateResult, generate
 from nld_cuda.decode.text import Tokenizer
 from nld_cuda.model.checkpoint import load_model
 from nld_cuda.model.transformer import NLDModel as _Transformer
+from nld_cuda.parallel.group import check_group, together
 
 ASSETS = Path(__file__).parent / "assets"
 PACKAGED = ("nld-tiny",)
@@ -206,6 +207,7 @@ def load(
     progress: Callable[[int, int], None] | None = None,
     kv_dtype: torch.dtype | str = "auto",
     products: str = "auto",
+    process_group: Any = None,
 ) -> NLDModel:
     """Load a checkpoint folder, or a model that comes with the package.
 
@@ -226,26 +228,38 @@ def load(
             fp8 where the checkpoint asks for it and the GPU multiplies fp8), "dense" (weights are
             expanded on loading: more memory, faster on a CPU), "fp8" (fp8 weights only: activations
             are always rounded).
+        process_group: a torch.distributed.ProcessGroup whose processes share the model: each calls
+            `load` and holds a part (device "cuda" is then cuda:LOCAL_RANK), then all make the same
+            calls and get the same results. `nld_cuda.parallel.init()` gives torchrun's; None: this
+            process holds all. docs/how-to/tensor-parallel.md has an example.
 
     Raises:
         FileNotFoundError: no such folder or name, or a file is missing in it.
-        TypeError: path_or_name is no path.
+        TypeError: path_or_name is no path, process_group no group.
         ValueError: config, tensors, tokenizer, device, dtype, kv_dtype or products break a rule
-            (all are named).
+            (all are named); heads or inner units cannot be divided by the number of processes.
         NotImplementedError: the checkpoint or device needs what this package does not have.
+        RuntimeError: another process of the group has failed.
     """
-    if kv_dtype not in ("auto", "fp8", torch.float8_e4m3fn):
-        raise ValueError(f"load: kv_dtype must be auto or fp8, got {kv_dtype}")
-    folder = checkpoint_folder(path_or_name)
-    weights = load_model(
-        folder, device, dtype, None if lora == "none" else lora, products=products,
-        progress=progress,
-    )  # fmt: skip
-    model = NLDModel(
-        weights.config, weights.embed, weights.layers, weights.norm, weights.head,
-        tokenizer=Tokenizer.from_folder(folder), folder=folder,
-    )  # fmt: skip
-    model.vision = weights.vision
-    if kv_dtype != "auto":
-        model.kv_dtype = torch.float8_e4m3fn
-    return model
+
+    def read() -> NLDModel:
+        if kv_dtype not in ("auto", "fp8", torch.float8_e4m3fn):
+            raise ValueError(f"load: kv_dtype must be auto or fp8, got {kv_dtype}")
+        folder = checkpoint_folder(path_or_name)
+        weights = load_model(
+            folder, device, dtype, None if lora == "none" else lora, products=products,
+            progress=progress, process_group=process_group,
+        )  # fmt: skip
+        model = NLDModel(
+            weights.config, weights.embed, weights.layers, weights.norm, weights.head,
+            weights.shard, tokenizer=Tokenizer.from_folder(folder), folder=folder,
+        )  # fmt: skip
+        model.vision = weights.vision
+        if kv_dtype != "auto":
+            model.kv_dtype = torch.float8_e4m3fn
+        return model
+
+    if process_group is None:
+        return read()
+    check_group(process_group)
+    return together(process_group, "load", read)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nld_cuda.decode.state import DecodeState, Rows
 from nld_cuda.ops import Purpose
+from nld_cuda.parallel.shard import Shard
 
 
 class Block:
@@ -132,8 +133,10 @@ class DraftProbs:
         self._temperature = temperature.repeat_interleave(block.block_len)[:, None]
         self._mask_token_id = block.mask_token_id
 
-    def update(self, logits: Tensor) -> None:
+    def update(self, logits: Tensor, shard: Shard | None = None) -> None:
         """Take the logits of a draft pass. The mask token is never drafted."""
+        if shard is not None:
+            logits = shard.whole_logits(logits)
         torch.div(logits, self._temperature, out=self.probs)
         self.probs[:, self._mask_token_id] = -torch.inf
         torch.softmax(self.probs, dim=1, out=self.probs)

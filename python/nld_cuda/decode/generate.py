@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from nld_cuda import ops as default_ops
 from nld_cuda.decode.images import Images
-from nld_cuda.decode.options import Prompt, make_requests, make_settings
+from nld_cuda.decode.options import Prompt, Settings, make_requests, make_settings
 from nld_cuda.decode.run import MODES, Run
 from nld_cuda.decode.state import Request
 from nld_cuda.decode.stats import DecodeStats
 from nld_cuda.decode.text import Tokenizer
+from nld_cuda.parallel.group import gather_objects, together
+from nld_cuda.parallel.shard import Shard
 
 if TYPE_CHECKING:
     from nld_cuda.decode.session import Session
@@ -146,12 +148,44 @@ def prepare_run(
     settings_options: dict[str, Any],
     session: Session | None,
 ) -> tuple[Run, Tokenizer | None]:
-    if mode not in MODES:
-        raise ValueError(f"generate: mode must be one of {', '.join(MODES)}, got {mode!r}")
     tokenizer: Tokenizer | None = getattr(model, "tokenizer", None)
-    settings = make_settings(model, mode, **settings_options)
-    requests = make_requests(model, prompts, tokenizer, **request_options)
+
+    def checked() -> tuple[Settings, list[Request]]:
+        if mode not in MODES:
+            raise ValueError(f"generate: mode must be one of {', '.join(MODES)}, got {mode!r}")
+        return (
+            make_settings(model, mode, **settings_options),
+            make_requests(model, prompts, tokenizer, **request_options),
+        )
+
+    if model.shard is None:
+        settings, requests = checked()
+    else:
+        settings, requests = _agreed(model.shard, checked, request_options["seed"] is None)
     return Run(model, requests, settings, ops=ops, session=session), tokenizer
+
+
+def _agreed(
+    shard: Shard, checked: Callable[[], tuple[Settings, list[Request]]], drawn_seeds: bool
+) -> tuple[Settings, list[Request]]:
+    """Settings and requests, which must be the same on all ranks; seeds that are drawn: rank 0's.
+
+    A rank that went on alone would wait for the others forever.
+    """
+    settings, requests = together(shard.group, "generate", checked)
+    seeds = [r.seed for r in requests]
+    shown = [[(image.digest, *image.places) for image in r.images] for r in requests]
+    plain = [replace(r, images=(), seed=0) for r in requests]
+    call = (settings, plain, shown, None if drawn_seeds else seeds)
+    calls = gather_objects(shard.group, (call, seeds))
+    for rank, (other, _) in enumerate(calls):
+        if other != calls[0][0]:
+            raise ValueError(
+                f"generate: prompts and options must be the same on all ranks, rank {rank} got "
+                "others than rank 0"
+            )
+    pairs = zip(requests, calls[0][1], strict=True)
+    return settings, [replace(r, seed=seed) for r, seed in pairs]
 
 
 def result_of(run: Run, tokenizer: Tokenizer | None) -> GenerateResult:

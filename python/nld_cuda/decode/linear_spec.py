@@ -94,7 +94,7 @@ class LinearSpec:
         )
         block.commit(self.ops, state, logits, self._rule, purpose=self._purpose)
         if self._draft_probs is not None:
-            self._draft_probs.update(logits)
+            self._draft_probs.update(logits, self.model.shard)
 
     def verify(self) -> None:
         """Judge the drafts with one causal pass, emit, and move the cache lengths back."""

@@ -111,4 +111,4 @@ class QuadraticSpec:
         block.clear(state)
         block.commit(self.ops, state, logits, self._rule, purpose=self._purpose)
         if self._draft_probs is not None:
-            self._draft_probs.update(logits)
+            self._draft_probs.update(logits, self.model.shard)

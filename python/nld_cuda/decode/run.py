@@ -18,6 +18,7 @@ from nld_cuda.decode.linear_spec import LinearSpec
 from nld_cuda.decode.options import AR, Settings
 from nld_cuda.decode.quadratic_spec import QuadraticSpec
 from nld_cuda.decode.state import DecodeState, Pass, Request, pages_needed
+from nld_cuda.parallel.sharded_ops import ShardedOps
 
 if TYPE_CHECKING:
     from nld_cuda.decode.session import Session
@@ -110,6 +111,8 @@ class Run:
             block_len=settings.block_len,
             page_table=page_table,
         )
+        if model.shard is not None:
+            ops = ShardedOps(model.shard, ops)
         self.mode = entry.make(model, self.cache, self.state, ops, settings)
         self.finished = False
         self._poll_every = self.POLL_EVERY_ON_CUDA if model.device.type == "cuda" else 1

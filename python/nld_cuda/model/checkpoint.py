@@ -18,9 +18,11 @@ from nld_cuda.model.int4_files import Int4Files
 from nld_cuda.model.linear import Lora, QuantizedMatrix, Weight
 from nld_cuda.model.lora import ADAPTER_FOLDER, load_lora
 from nld_cuda.model.quantization import Fp8Config, Int4Config
-from nld_cuda.model.tensor_files import Progress, TensorFiles, checkpoint_files
+from nld_cuda.model.tensor_files import Piece, Progress, TensorFiles, checkpoint_files
 from nld_cuda.model.transformer import Layer, NLDModel
 from nld_cuda.model.vision import VisionEncoder, vision_shapes
+from nld_cuda.parallel.group import local_device
+from nld_cuda.parallel.shard import Shard
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,12 @@ class StoredFormat(Protocol):
         """Name, shape and possible dtypes of each stored tensor of a matrix `[out, in]`."""
 
     def matrix(
-        self, shapes: dict[str, tuple[int, ...]], device: torch.device, products: str
+        self, pieces: dict[str, Piece], device: torch.device, products: str
     ) -> QuantizedMatrix | None:
-        """One matrix of all that `shapes` names, one below the other; None: has to be dense."""
+        """One matrix of all that `pieces` names, one below the other; None: has to be dense."""
 
-    def copy_to(self, name: str, target: Tensor) -> None:
-        """Write the dense matrix, each weight rounded once to the dtype of `target`."""
+    def copy_to(self, name: str, target: Tensor, piece: Piece) -> None:
+        """Write the dense piece, each weight rounded once to the dtype of `target`."""
 
 
 def canonical_name(name: str) -> str:
@@ -109,6 +111,7 @@ def load_model(
     *,
     products: str = "auto",
     progress: Progress | None = None,
+    process_group: Any = None,
 ) -> NLDModel:
     """Load the weights of a checkpoint folder.
 
@@ -127,18 +130,21 @@ def load_model(
             loading, which takes their memory. "fp8" (fp8 weights only): activations are always
             rounded, by a scale per token where the checkpoint has none.
         progress: called with (bytes done, bytes in all, of dense weights) now and then.
+        process_group: a torch.distributed.ProcessGroup: this process reads its part only, see
+            `parallel.shard`; "cuda" is then cuda:LOCAL_RANK. None: all of the model.
 
     Raises:
         FileNotFoundError: a folder or file is missing.
         ValueError: config.json breaks a rule; a file is corrupt; tensors are unknown, missing or of
             the wrong shape (all are listed); device, dtype or products is unknown, or products
-            is "fp8" and weights are not.
+            is "fp8" and weights are not; the model cannot be divided by the number of processes.
         NotImplementedError: the checkpoint, or the device, needs what this package does not have.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"load: path must be a checkpoint folder, got {folder}")
     config = ModelConfig.from_file(folder)
+    shard = None if process_group is None else Shard.of(config, process_group)
     files = TensorFiles(checkpoint_files(folder), canonical_name)
     tied = config.tie_word_embeddings
     vision = vision_shapes(config)
@@ -158,34 +164,37 @@ def load_model(
             expected[stored], dtypes[stored] = stored_shape, possible
     files.check(expected, lambda name: name in extra or IGNORED.fullmatch(name) is not None, dtypes)
     target_device = resolve_device(device)
+    if shard is not None and target_device == torch.device("cuda"):
+        target_device = local_device(process_group)
     target_dtype = _resolve_dtype(dtype, config, files)
     _check_products(products, config, target_device, target_dtype)
     stays = products != "dense" and target_dtype == torch.bfloat16
 
     parameters: dict[Place, Weight] = {}
-    done, total = 0, sum(_count(shape) for _, _, shape in plan.values()) * target_dtype.itemsize
+    pieces = _pieces(config, shard) | {name: Piece.whole(shape) for name, shape in vision.items()}
+    done, total = 0, sum(_count(p.size) for p in pieces.values()) * target_dtype.itemsize
     for place, names in _by_place(plan).items():
-        shapes = {name: plan[name][2] for name in names}
+        wanted = {name: pieces[name] for name in names}
         parameter: Weight | None = None
-        if stays and stored_format is not None and quantised.issuperset(shapes):
-            parameter = stored_format.matrix(shapes, target_device, products)
+        if stays and stored_format is not None and quantised.issuperset(wanted):
+            parameter = stored_format.matrix(wanted, target_device, products)
         if parameter is None:
             parameter = _read_dense(
-                files, stored_format, quantised, shapes, target_device, target_dtype
+                files, stored_format, quantised, wanted, target_device, target_dtype
             )
         parameters[place] = parameter
-        done += sum(map(_count, shapes.values())) * target_dtype.itemsize
+        done += sum(_count(p.size) for p in wanted.values()) * target_dtype.itemsize
         if progress is not None:
             progress(done, total)
     embed, norm = parameters[None, "embed"], parameters[None, "norm"]
     assert isinstance(embed, Tensor) and isinstance(norm, Tensor)  # no format holds them
     if tied and "diffusion_head.weight" in files:
-        _check_tied(files, embed, folder)
+        _check_tied(files, embed, pieces[EMBEDDING], folder)
 
     adapter_folder = _adapter_folder(folder, lora)
     adapters: list[Lora] | list[None] = [None] * config.num_layers
     if adapter_folder is not None:
-        adapters = load_lora(adapter_folder, config, target_device, target_dtype)
+        adapters = load_lora(adapter_folder, config, target_device, target_dtype, shard)
     fields = list(dict.fromkeys(row.field for row in TABLE if "{i}" in row.name))
     layers = [
         Layer(
@@ -195,7 +204,7 @@ def load_model(
         for i in range(config.num_layers)
     ]
     head = embed if tied else parameters[None, "head"]
-    model = NLDModel(config, embed, layers, norm, head)
+    model = NLDModel(shard.config if shard else config, embed, layers, norm, head, shard)
     if config.vision is not None:
         tensors: dict[str, Any] = {name: parameters[None, name] for name in vision}
         processor = ImageProcessor.from_folder(folder, config.vision)
@@ -252,9 +261,9 @@ Place = tuple[int | None, str]  # layer (None outside) and field
 Plan = dict[str, tuple[int | None, str, tuple[int, ...]]]  # name -> (layer, field, shape)
 
 
-def _plan(config: ModelConfig) -> Plan:
+def _plan(config: ModelConfig, sizes: dict[str, int] | None = None) -> Plan:
     """Expand the table: every expected tensor with its layer (None outside), field and shape."""
-    sizes = _sizes(config)
+    sizes = _sizes(config) if sizes is None else sizes
     plan: Plan = {}
     for row in TABLE:
         if row.field == "head" and config.tie_word_embeddings:
@@ -263,6 +272,14 @@ def _plan(config: ModelConfig) -> Plan:
         for i in range(config.num_layers) if "{i}" in row.name else (None,):
             plan[row.name.format(i=i)] = (i, row.field, shape)
     return plan
+
+
+def _pieces(config: ModelConfig, shard: Shard | None) -> dict[str, Piece]:
+    """Every expected tensor's piece: all of it without a shard."""
+    sizes = _sizes(config) if shard is None else shard.sizes
+    begins = dict.fromkeys(sizes, 0) if shard is None else shard.begins
+    plans = (_plan(config), _plan(config, begins), _plan(config, sizes))
+    return {name: Piece(*(plan[name][2] for plan in plans)) for name in plans[0]}
 
 
 def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -310,21 +327,21 @@ def _read_dense(
     files: TensorFiles,
     stored_format: StoredFormat | None,
     quantised: set[str],
-    shapes: dict[str, tuple[int, ...]],
+    pieces: dict[str, Piece],
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
     """One parameter from the tensors whose rows it holds, dense."""
-    rows = sum(shape[0] for shape in shapes.values())
-    weight = torch.empty((rows, *next(iter(shapes.values()))[1:]), dtype=dtype, device=device)
+    rows = sum(piece.size[0] for piece in pieces.values())
+    weight = torch.empty((rows, *next(iter(pieces.values())).size[1:]), dtype=dtype, device=device)
     begin = 0
-    for name, shape in shapes.items():
-        target = weight[begin : begin + shape[0]]
+    for name, piece in pieces.items():
+        target = weight[begin : begin + piece.size[0]]
         if stored_format is not None and name in quantised:
-            stored_format.copy_to(name, target)
+            stored_format.copy_to(name, target, piece)
         else:
-            files.copy_to(name, target)
-        begin += shape[0]
+            files.copy_to(name, target, piece)
+        begin += piece.size[0]
     return weight
 
 
@@ -332,11 +349,11 @@ def _count(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def _check_tied(files: TensorFiles, embed: Tensor, folder: Path) -> None:
+def _check_tied(files: TensorFiles, embed: Tensor, piece: Piece, folder: Path) -> None:
     name = "diffusion_head.weight"
-    head = torch.empty_like(embed) if files.shape(name) == tuple(embed.shape) else None
+    head = torch.empty_like(embed) if files.shape(name) == piece.shape else None
     if head is not None:
-        files.copy_to(name, head)
+        files.copy_to(name, head, piece)
     if head is None or not torch.equal(head, embed):
         raise ValueError(
             f"{folder}: {name} must equal the embedding where tie_word_embeddings is true, "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from nld_cuda.model import fp8
 from nld_cuda.model.fp8 import Fp8Matrix
 from nld_cuda.model.quantization import STATIC, Fp8Config
-from nld_cuda.model.tensor_files import FLOAT_DTYPES, TensorFiles
+from nld_cuda.model.tensor_files import FLOAT_DTYPES, Piece, TensorFiles
 
 CODES = "F8_E4M3"
 
@@ -47,20 +49,21 @@ class Fp8Files:
         return parts
 
     def matrix(
-        self, shapes: dict[str, Shape], device: torch.device, products: str
+        self, pieces: dict[str, Piece], device: torch.device, products: str
     ) -> Fp8Matrix | None:
-        """One matrix of all that `shapes` names, one below the other; None: blocks of scales."""
+        """One matrix of all that `pieces` names, one below the other; None: blocks of scales."""
         if self._config.weights == "block":
             return None
-        rows, inputs = sum(shape[0] for shape in shapes.values()), next(iter(shapes.values()))[1]
+        rows = sum(piece.size[0] for piece in pieces.values())
+        inputs = next(iter(pieces.values())).size[1]
         codes = torch.empty((rows, inputs), dtype=fp8.DTYPE, device=device)
         scales = torch.empty((rows, 1), dtype=torch.float32, device=device)
         begin = 0
-        for name, shape in shapes.items():
-            part = slice(begin, begin + shape[0])
-            self._copy_codes(name, codes[part])
-            scales[part] = self._scales(name, shape)
-            begin += shape[0]
+        for name, piece in pieces.items():
+            part = slice(begin, begin + piece.size[0])
+            self._copy_codes(name, codes[part], piece)
+            scales[part] = self._scales(name, piece.shape)[piece.window[0]]
+            begin += piece.size[0]
         way = None
         is_rounded = products == "fp8" or (self._config.activations and device.type == "cuda")
         if is_rounded and fp8.can_scale((rows, inputs)):
@@ -68,21 +71,25 @@ class Fp8Files:
         input_scale = None
         if way is not None and self._config.activations == STATIC:
             # Parts share their inputs: the largest scale cuts nothing off that one of them keeps.
-            found = [self._positive(self._part(name, self._input_scale)) for name in shapes]
+            found = [self._positive(self._part(name, self._input_scale)) for name in pieces]
             input_scale = torch.stack([scale.view(()) for scale in found]).max().to(device)
         return Fp8Matrix(codes, scales, way, input_scale)
 
-    def copy_to(self, name: str, target: Tensor) -> None:
-        """Write the dense matrix, each weight rounded once to the dtype of `target`."""
-        out, inputs = target.shape
-        codes = torch.empty((out, inputs), dtype=fp8.DTYPE, device=target.device)
-        self._copy_codes(name, codes)
-        scales = self._scales(name, (out, inputs)).to(target.device)
-        block = self._config.block
-        fp8.dequantize_into(target, codes, scales, block and block[1])
+    def copy_to(self, name: str, target: Tensor, piece: Piece) -> None:
+        """Write the dense piece, each weight rounded once to the dtype of `target`."""
+        codes = torch.empty(target.shape, dtype=fp8.DTYPE, device=target.device)
+        self._copy_codes(name, codes, piece)
+        rows, columns = piece.window
+        scales, block_in = self._scales(name, piece.shape)[rows], None
+        if self._config.block is not None:
+            # A piece may begin inside of a block: then in smaller blocks, of equal scales.
+            block_in = math.gcd(columns.start, self._config.block[1])
+            scales = scales.repeat_interleave(self._config.block[1] // block_in, dim=1)
+            scales = scales[:, columns.start // block_in :]
+        fp8.dequantize_into(target, codes, scales.to(target.device), block_in)
 
-    def _copy_codes(self, name: str, codes: Tensor) -> None:
-        self._files.copy_to(name, codes)
+    def _copy_codes(self, name: str, codes: Tensor, piece: Piece) -> None:
+        self._files.copy_to(name, codes, piece)
         if bool((codes.view(torch.uint8) & 0x7F).max() == 0x7F):
             raise ValueError(f"{self._files.where(name)} must hold finite numbers, got NaN")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from nld_cuda.model import int4
 from nld_cuda.model.int4 import Int4Matrix
 from nld_cuda.model.quantization import Int4Config
-from nld_cuda.model.tensor_files import FLOAT_DTYPES, INTEGER_DTYPES, TensorFiles
+from nld_cuda.model.tensor_files import FLOAT_DTYPES, INTEGER_DTYPES, Piece, TensorFiles
 
 Shape = tuple[int, ...]
 
@@ -65,26 +65,35 @@ class Int4Files:
         return {self._stored(name, suffix): part for suffix, part in parts.items()}
 
     def matrix(
-        self, shapes: dict[str, Shape], device: torch.device, products: str
+        self, pieces: dict[str, Piece], device: torch.device, products: str
     ) -> Int4Matrix | None:
-        """One matrix of all that `shapes` names, one below the other; None: torch has no product.
+        """One matrix of all that `pieces` names, one below the other; None: torch has no product.
 
         Raises: as `read`.
         """
-        first = next(iter(shapes.values()))
-        rows = sum(shape[0] for shape in shapes.values())
-        if not int4.can_multiply((rows, first[1]), self.group_size(first), device):
+        first = next(iter(pieces.values()))
+        rows = sum(piece.size[0] for piece in pieces.values())
+        # Holds for no piece that begins inside of a group: it has no whole number of them.
+        if not int4.can_multiply((rows, first.size[1]), self.group_size(first.shape), device):
             return None
-        parts = [self.read(name, shape) for name, shape in shapes.items()]
+        parts = [self._read_piece(name, piece) for name, piece in pieces.items()]
         codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return int4.make_matrix(codes, scales, device)
 
-    def copy_to(self, name: str, target: Tensor) -> None:
-        """Write the dense matrix, each weight rounded once to the dtype of `target`.
+    def copy_to(self, name: str, target: Tensor, piece: Piece) -> None:
+        """Write the dense piece, each weight rounded once to the dtype of `target`.
 
         Raises: as `read`.
         """
-        target.copy_(int4.dequantize(*self.read(name, tuple(target.shape))))
+        target.copy_(int4.dequantize(*self.read(name, piece.shape))[piece.window])
+
+    def _read_piece(self, name: str, piece: Piece) -> tuple[Tensor, Tensor]:
+        """Codes and scales of a piece that begins and ends between groups."""
+        codes, scales = self.read(name, piece.shape)
+        group_size = self.group_size(piece.shape)
+        rows, columns = piece.window
+        groups = slice(columns.start // group_size, columns.stop // group_size)
+        return codes[rows, columns], scales[rows, groups]
 
     def read(self, name: str, shape: Shape) -> tuple[Tensor, Tensor]:
         """Codes `[out, in]` int32 and scales `[out, groups]` as stored.

@@ -55,12 +55,17 @@ def linear_into(x: Tensor, weight: Weight, out: Tensor) -> None:
         out.copy_(weight.product(x))
 
 
-def linear_add_(residual: Tensor, x: Tensor, weight: Weight) -> None:
-    """Add `x @ weight.T` to `residual` in place; dense weights round once. Shapes as `linear`."""
+def linear_add_(residual: Tensor, x: Tensor, weight: Weight, lora: Lora | None = None) -> None:
+    """Add `x @ weight.T` to `residual` in place; dense weights round once. Shapes as `linear`.
+
+    With `lora` its side path is added too.
+    """
     if isinstance(weight, Tensor):
         residual.addmm_(x, weight.t())
     else:
         residual.add_(weight.product(x))
+    if lora is not None:
+        lora_add_(residual, x, lora)
 
 
 def lora_add_(residual: Tensor, x: Tensor, lora: Lora) -> None:

@@ -12,7 +12,8 @@ import torch
 from nld_cuda.model.config import ModelConfig
 from nld_cuda.model.json_files import read_json_object
 from nld_cuda.model.linear import Lora
-from nld_cuda.model.tensor_files import TensorFiles
+from nld_cuda.model.tensor_files import Piece, TensorFiles
+from nld_cuda.parallel.shard import Shard
 
 ADAPTER_FOLDER = "linear_spec_lora"
 _CONFIG_NAME = "adapter_config.json"
@@ -35,14 +36,19 @@ _FIXED_FIELDS: tuple[tuple[str, tuple[Any, ...]], ...] = (
 
 
 def load_lora(
-    folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    shard: Shard | None = None,
 ) -> list[Lora]:
     """Load one side path per layer.
 
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors.
-        config: of the base model.
+        config: of the base model, all of it.
         device, dtype: of the base model's weights.
+        shard: read the columns of `a` that belong to its heads only.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -59,10 +65,13 @@ def load_lora(
         (i, part): _KEY.format(i=i, part=part) for i in range(config.num_layers) for part in shapes
     }
     files.check({key: shapes[part] for (_, part), key in keys.items()}, lambda _: False)
+    own = Piece.whole(shapes["A"])
+    if shard is not None:
+        own = Piece(shapes["A"], (0, shard.begins["q"]), (rank, shard.sizes["q"]))
     loras = []
     for i in range(config.num_layers):
-        a, b = (torch.empty(shapes[part], dtype=dtype, device=device) for part in shapes)
-        files.copy_to(keys[i, "A"], a)
+        a, b = (torch.empty(s, dtype=dtype, device=device) for s in (own.size, shapes["B"]))
+        files.copy_to(keys[i, "A"], a, own)
         files.copy_to(keys[i, "B"], b)
         loras.append(Lora(a, b, scale))
     return loras

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -92,6 +92,24 @@ class Stored:
     def num_bytes(self) -> int:
         """Bytes in all."""
         return torch.Size(self.shape).numel() * _ITEM_BYTES[self.dtype]
+
+
+class Piece(NamedTuple):
+    """Part of a tensor `[*shape]`: `[*size]` from `begin` on."""
+
+    shape: tuple[int, ...]
+    begin: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Piece:
+        """All of a tensor."""
+        return cls(shape, (0,) * len(shape), shape)
+
+    @property
+    def window(self) -> tuple[slice, ...]:
+        """What to index the tensor with."""
+        return tuple(slice(b, b + n) for b, n in zip(self.begin, self.size, strict=True))
 
 
 class TensorFiles:
@@ -218,14 +236,19 @@ class TensorFiles:
                 + "; ".join(problems)
             )
 
-    def copy_to(self, name: str, target: Tensor) -> None:
-        """Copy a tensor into `target` (same shape), converting dtype and device, piece by piece."""
+    def copy_to(self, name: str, target: Tensor, piece: Piece | None = None) -> None:
+        """Copy a tensor into `target`, converting dtype and device, some rows at a time.
+
+        With `piece` that part of the tensor, and no other is read.
+        """
         rows, row_bytes = target.shape[0], self._stored[name].row_bytes
+        first, columns = (0, ()) if piece is None else (piece.begin[0], piece.window[1:])
         step = max(1, _CHUNK_BYTES // max(1, row_bytes))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
+            window = (slice(first + start, first + stop), *columns)
             with self._readable(name, (stop - start) * row_bytes) as source:
-                target[start:stop].copy_(source[start:stop])
+                target[start:stop].copy_(source[window])
 
     @contextmanager
     def _readable(self, name: str, num_bytes: int) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from nld_cuda import ops
 from nld_cuda.model.config import ModelConfig
-from nld_cuda.model.linear import Lora, Weight, linear, linear_add_, linear_into, lora_add_
+from nld_cuda.model.linear import Lora, Weight, linear, linear_add_, linear_into
 from nld_cuda.model.rope import rope_frequencies
+from nld_cuda.parallel.shard import Shard
 
 if TYPE_CHECKING:
     from nld_cuda.model.vision import VisionEncoder
@@ -74,7 +75,8 @@ class NLDModel:
     """Weights of one checkpoint on one device, and the forward pass.
 
     Attributes:
-        config: shapes and constants.
+        config: shapes and constants; of this rank's part where there is a `shard`.
+        shard: which part of the model this process holds; None: all of it.
         device, dtype: of all weights and of the logits. A cache is on this device.
         kv_dtype: of the caches that decoding makes: `dtype`, or torch.float8_e4m3fn.
         kv_scales: theirs in the latter case; None: 1. `calibrate_kv` finds some.
@@ -82,7 +84,8 @@ class NLDModel:
         plans_attention: whether a forward makes `ops.attention_plan` for all its layers. CUDA needs
             one (each layer would make its own); the CPU takes its schedule from the lengths.
         vision: turns pictures into embeddings, None for a model that reads text only.
-        embed: `[vocab, hidden]`; head: `[vocab, hidden]`, the same tensor where tied.
+        embed: `[vocab, hidden]`; head: `[vocab, hidden]`, the same tensor where tied. Of a shard
+            both hold its own ids only, and so do logits.
     """
 
     def __init__(
@@ -92,9 +95,10 @@ class NLDModel:
         layers: Sequence[Layer],
         norm: Tensor,
         head: Weight,
+        shard: Shard | None = None,
     ) -> None:
         """Take the weights as they are (`checkpoint.load_model` makes them from files)."""
-        self.config = config
+        self.config, self.shard = config, shard
         self.embed, self.norm, self.head = embed, norm, head
         self.layers = tuple(layers)
         self.device, self.dtype = embed.device, embed.dtype
@@ -106,7 +110,7 @@ class NLDModel:
         self._inv_freq = inv_freq.to(self.device)
 
     def weights(self) -> list[Weight]:
-        """Every weight once, those of adapter and vision tower included."""
+        """Every weight of this process once, those of adapter and vision tower included."""
         found: list[Weight] = [self.embed, self.norm, self.head]
         for layer in self.layers:
             found += [layer.input_norm, layer.qkv, layer.o]
@@ -169,8 +173,9 @@ class NLDModel:
                 those of the tokens in these rows (pieces of images).
 
         Returns:
-            `[total or rows, vocab]` in the model's dtype. Row i holds the prediction *for* row i
-            under a FULL mask (tokens are denoised in place), for the token after it under CAUSAL.
+            `[total or rows, vocab]` in the model's dtype (of a shard: its own ids). Row i holds the
+            prediction *for* row i under a FULL mask (tokens are denoised in place), for the token
+            after it under CAUSAL.
 
         Raises:
             ValueError: use_lora without an adapter.
@@ -220,10 +225,14 @@ class NLDModel:
         scale_len = config.rope.original_len if beta else 0
         inv_freq, attention_scaling = self._inv_freq, self._attention_scaling
         silu, rope_append_, block_attention = F.silu, ops.rope_append_, ops.block_attention
+        embed: Callable[[Tensor, Tensor], Tensor] = F.embedding
+        add_: Callable[..., None] = linear_add_
+        if self.shard is not None:
+            embed, add_ = self.shard.embedding, self.shard.linear_add_
 
         # One buffer and one set of views for all layers: a layer then makes few torch calls.
         total, inner = tokens.shape[0], config.intermediate_size
-        x = F.embedding(tokens, self.embed)
+        x = embed(tokens, self.embed)
         if features is not None and feature_rows is not None:
             x.index_copy_(0, feature_rows, features.to(x.dtype))
         qkv = x.new_empty(total, config.q_size + 2 * config.kv_size)
@@ -256,9 +265,7 @@ class NLDModel:
                 block_len=block_len, block_phase=block_phase, plan=plan, k_scale=k_scale,
                 v_scale=v_scale, out=attended_heads, lse=lse,
             )  # fmt: skip
-            linear_add_(x, attended, layer.o)
-            if use_lora and layer.lora is not None:
-                lora_add_(x, attended, layer.lora)
+            add_(x, attended, layer.o, layer.lora if use_lora else None)
             linear_into(rms_norm(x, layer.mlp_norm, eps), layer.gate_up, gate_up)
-            linear_add_(x, silu(gate).mul_(up), layer.down)
+            add_(x, silu(gate).mul_(up), layer.down)
         return x

@@ -1,0 +1,152 @@
+"""Tensor parallelism: two gloo processes on the CPU must do what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import nld_cuda
+from nld_cuda.model import ModelConfig
+from nld_cuda.model.checkpoint import _pieces
+from nld_cuda.parallel.shard import SLICE_IDS, Shard, vocab_borders
+from parallel_worker import CASES, decode_everything, write_checkpoints
+from tiny_model import config_fields
+
+TESTS = Path(__file__).resolve().parent
+TIMEOUT_S = 120  # of two processes; they need about 10
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch has no torch.distributed"
+)
+
+
+def torchrun(*argv: Any, timeout: float = TIMEOUT_S, **options: Any) -> Any:
+    """Run a program in two processes; kill them all if they hang."""
+    paths = [str(Path(nld_cuda.__file__).parents[1]), str(TESTS), str(TESTS.parent / "benchmarks")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*command, "--nproc-per-node", "2", *map(str, argv)],
+        env=environment, capture_output=True, text=True, timeout=timeout, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("checkpoints")
+    write_checkpoints(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    done = torchrun(TESTS / "parallel_worker.py", folder)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Any]:
+    found = decode_everything(folder, nld_cuda.load)
+    return dict(json.loads(json.dumps(found)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_decode_as_one(name: str, alone: dict, ranks: list[dict]) -> None:
+    assert alone[name] == ranks[0][name] == ranks[1][name]
+    assert any(len(tokens) > 3 for tokens in alone[name][0])
+
+
+def test_sessions_and_streams(alone: dict, ranks: list[dict]) -> None:
+    names = [name for name in alone if name.startswith("session-")]
+    assert len(names) == 4
+    for name in names:
+        assert alone[name] == ranks[0][name] == ranks[1][name]
+    assert alone[names[-1]][-1] > 20, "tokens that were cached"
+
+
+def test_seeds_that_are_drawn_are_those_of_rank_0(ranks: list[dict]) -> None:
+    assert ranks[0]["drawn"] == ranks[1]["drawn"]
+    assert len(set(ranks[0]["drawn"][1])) == 3
+
+
+def test_a_rank_takes_the_memory_of_its_part(folder: Path, ranks: list[dict]) -> None:
+    whole = nld_cuda.load(folder / "large", device="cpu", dtype="float32").num_bytes
+    for found in ranks:
+        share, peak = found["memory"]["weight_bytes"], found["memory"]["peak_bytes"]
+        assert whole / 2 <= share < 0.501 * whole  # norms are whole
+        assert 0.9 * share < peak < share + 40 * 2**20 < whole
+    assert [r["vocab_shard"] for r in ranks] == [[0, 16384], [16384, 8193]]
+
+
+@pytest.mark.parametrize(
+    "name,kinds,message",
+    [
+        (
+            "heads", ["ValueError"] * 2,
+            "load: num_heads, num_kv_heads and intermediate_size must be multiples of the number "
+            "of processes, got 6, 3 and 320 for 2 processes",
+        ),
+        ("no_group", ["TypeError"] * 2, "process_group must be a torch.distributed.ProcessGroup"),
+        (
+            "one_folder_missing", ["RuntimeError", "FileNotFoundError"],
+            "load: path_or_name must be a checkpoint folder",
+        ),
+        ("other_prompts", ["ValueError"] * 2, "prompts and options must be the same on all ranks"),
+        ("other_options", ["ValueError"] * 2, "prompts and options must be the same on all ranks"),
+        ("one_seed", ["ValueError"] * 2, "prompts and options must be the same on all ranks"),
+        ("one_bad_prompt", ["RuntimeError", "ValueError"], r"hold ids in [0, 24577), got -1"),
+        ("one_bad_mode", ["RuntimeError", "ValueError"], "mode must be one of ar, diffusion"),
+    ],
+)  # fmt: skip
+def test_errors_on_one_rank_end_all(
+    name: str, kinds: list[str], message: str, ranks: list[dict]
+) -> None:
+    assert [r[name][0] for r in ranks] == kinds
+    assert all(message in r[name][1] for r in ranks)
+
+
+def test_vocabulary_borders() -> None:
+    assert vocab_borders(131072, 8) == tuple(range(0, 131073, 16384))
+    assert vocab_borders(131073, 2) == (0, 65536, 131073)
+    assert vocab_borders(61, 4) == (0, 15, 30, 46, 61)
+    for vocab in (7, 8191, 8192, 50257, 128256, 131072, 262147):
+        for num in (1, 2, 3, 4, 6, 7):
+            borders = vocab_borders(vocab, num)
+            sizes = [end - begin for begin, end in pairwise(borders)]
+            assert borders[0] == 0 and borders[-1] == vocab and min(sizes) > 0
+            if vocab >= num * SLICE_IDS:
+                assert all(border % SLICE_IDS == 0 for border in borders[:-1])
+                assert max(sizes) - vocab / num <= SLICE_IDS
+            else:
+                assert max(sizes) - min(sizes) <= 1
+
+
+def test_pieces_make_up_the_checkpoint(folder: Path) -> None:
+    """Every number of a file is read by exactly one rank, norms by all."""
+    fields = config_fields(num_attention_heads=6, num_key_value_heads=3, intermediate_size=57)
+    for name, changes in (("three", fields), ("tied", None)):
+        config = (
+            ModelConfig.from_file(folder / name)
+            if changes is None
+            else ModelConfig.from_dict(fields)
+        )
+        num = 2 if changes is None else 3
+        whole = _pieces(config, None)
+        counted = {key: torch.zeros(piece.shape) for key, piece in whole.items()}
+        for rank in range(num):
+            for key, piece in _pieces(config, Shard(None, rank, num, config)).items():
+                spans = zip(piece.begin, piece.size, strict=True)
+                counted[key][tuple(slice(b, b + n) for b, n in spans)] += 1
+        for key, count in counted.items():
+            assert bool((count == (num if count.dim() == 1 else 1)).all()), key
+    assert counted.keys() == load_file(folder / "tied/model.safetensors").keys()
