@@ -24,13 +24,14 @@ def test_page(page: Path, tmp_path: Path) -> None:
     script = "set -euo pipefail\n" + "\n".join(text for kind, text in blocks if kind == "bash")
     program = "\n".join(text for kind, text in blocks if kind == "python")
     assert "nld " in script and "import nld_cuda" in program
-    command = tmp_path / "bin/nld"  # of this Python, whichever else is installed
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m nld_cuda "$@"\n')
-    command.chmod(0o755)
+    commands = tmp_path / "bin"  # of this Python, whichever else is installed
+    commands.mkdir()
+    for name, options in (("nld", "-m nld_cuda"), ("python", "")):
+        (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {options} "$@"\n')
+        (commands / name).chmod(0o755)
     package = str(Path(nld_cuda.__file__).resolve().parent.parent)
     environment = {
-        **os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": package,
+        **os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": package,
     }  # fmt: skip
     for line in (["bash", "-c", script], [sys.executable, "-c", program]):
         done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
