@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from functools import cache
@@ -292,6 +293,8 @@ def test_how_prompts_are_laid_out(tiny: tuple[NLDModel, Any], tmp_path: Path) ->
     for prompt in ("t4 <|image_start|> <|image_start|> t5", full):
         assert read_prompt(model, prompt, images=[a, b]) == [full], "whatever config.json says"
     assert read_prompt(model, "<|image_start|>", images=one) == [[18, 19, 21]]
+    stray = read_prompt(model, "<|image_pad|> <|image_start|> t4 <|image_pad|>", images=b)
+    assert stray == [[19, 18, 19, 19, 21, 4, 19]], "others are ordinary tokens"
 
     (tmp_path / "tokenizer.json").unlink()
     model = nld_cuda.load(tmp_path)
@@ -362,6 +365,7 @@ def config_of(is_published: bool) -> VisionConfig:
         }),
         ("processor_config.json", {
             "processor_class": "PixtralProcessor", "patch_size": 4, "spatial_merge_size": 2,
+            "image_break_token": "<row>", "image_token": None,
             "image_processor": {
                 "image_processor_type": "PixtralImageProcessorFast", "size": {"longest_edge": 50},
             },
@@ -382,6 +386,7 @@ def test_pictures_are_prepared_as_transformers_does(
             images=image, patch_size={"height": EDGE, "width": EDGE}, return_tensors="pt"
         )
         assert torch.equal(ours.pixels(image), expected["pixel_values"][0])
+    assert ours.token_names["image_break_token"] == inner.get("image_break_token", "[IMG_BREAK]")
     image.save(tmp_path / "x.png")
     assert torch.equal(ours.pixels(tmp_path / "x.png"), ours.pixels(image))
 
@@ -523,6 +528,50 @@ def test_a_quantised_copy_sees_as_well(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert any("vision_tower" in name for name in written["ignore"]), "other readers must know"
     nld_cuda.generate(small, "t4 [IMG]", images=picture(2, 2), max_new_tokens=4)
+
+
+def test_chat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pictures of earlier turns are shown again, from the cache."""
+    torch.manual_seed(4)
+    fields = vision_fields(vocab_size=37)
+    special = MISTRAL | {"<|im_start|>": 4, "<|im_end|>": 5}
+    write_vision_checkpoint(tmp_path, fields, vision_weights(fields), special)
+    model = nld_cuda.load(tmp_path)
+    calls = counted_images(model, monkeypatch)
+    chat = nld_cuda.Chat(model, mode="ar", max_new_tokens=7, eos_token_id=())
+    first, second = picture(2, 2), picture(1, 3)
+    for text, images in (("t7 t8", [first]), ("t9", []), ("[IMG] t7 [IMG]", [second, first])):
+        before = list(chat.images)
+        calls.clear()
+        said = [t for event in chat.ask(text, images=images) for t in event.final_tokens]
+        assert calls == ([len(images)] if images else [])
+        assert chat.images == before + images
+        rendered = chat._text(chat.messages[:-1])
+        expected = nld_cuda.generate(
+            model, rendered, "ar", images=[chat.images], max_new_tokens=7, eos_token_id=()
+        )
+        assert said == expected.tokens[0]
+    assert chat.session.num_reused > 20 and "[IMG]t7 t8" in chat.messages[0]["content"]
+    for images, error in (
+        (["no/such.png"], FileNotFoundError),
+        ([first, first, first], ValueError),
+    ):
+        with pytest.raises(error):
+            chat.ask("[IMG] [IMG]", images=images)
+    assert len(chat.messages) == 6 and len(chat.images) == 3, "as before"
+    chat.reset()
+    assert chat.images == []
+
+    gradient(20, 12).save(tmp_path / "x y.png")
+    lines = f"/image {tmp_path}/x y.png\nt7\nt8\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    common = ["--model", str(tmp_path), "--max-new-tokens", "5"]
+    code, out, err = run(capsys, "chat", *common)
+    assert code == 0 and err == "" and len(out.splitlines()) == 2
+    once = run(capsys, "generate", "t7", "--chat", *common, "--image", str(tmp_path / "x y.png"))
+    assert once[1] == out.splitlines()[0] + "\n"
 
 
 # ---- command line --------------------------------------------------------------------------------

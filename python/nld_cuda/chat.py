@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nld_cuda.chat_template import TURN_END, ChatTemplate
 from nld_cuda.decode.generate import GenerateResult
+from nld_cuda.decode.images import place_images, prepare_images, with_placeholders
 from nld_cuda.decode.session import Session
 from nld_cuda.decode.stream import StreamEvent, stream
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nld_cuda.api import NLDModel
+    from nld_cuda.model.images import ImageInput
 
 MAX_NEW = 256  # as `stream`
 THINK_BEGIN, THINK_END = "<think>", "</think>"
@@ -26,6 +30,7 @@ class Chat:
 
     Attributes:
         messages: the conversation, `{"role", "content"}` each; may be edited between turns.
+        images: its pictures, prepared, in the order of their placeholders; to be edited with it.
         mode: decode mode of the next answer.
         thinking: whether the model is asked to think first.
         max_thinking_tokens: thoughts are ended after so many tokens; None: no limit.
@@ -70,6 +75,7 @@ class Chat:
         self.max_thinking_tokens = max_thinking_tokens
         self.session = Session(model, page_size=options.get("page_size", 16))
         self.messages: list[dict[str, str]] = []
+        self.images: list[Tensor] = []
         self._tokenizer, self._template = model.tokenizer, chosen
         self._end_think = self._tokenizer.token_id(THINK_END)
         ends = [self._tokenizer.token_id(TURN_END)]
@@ -95,7 +101,7 @@ class Chat:
 
     def reset(self) -> None:
         """Forget the conversation but not the system turn. The cache is kept as far as it fits."""
-        self.messages = []
+        self.messages, self.images = [], []
         if self._system is not None:
             self.messages.append({"role": "system", "content": self._system})
 
@@ -110,10 +116,13 @@ class Chat:
             "eos_token_id": self.eos_token_ids,
             "max_thinking_tokens": budget,
             "end_think_token_id": None if budget is None else self._end_think,
+            "images": [self.images] if self.images else None,
             **self.options,
         }
 
-    def ask(self, text: str, **options: Any) -> Generator[StreamEvent, None, GenerateResult]:
+    def ask(
+        self, text: str, *, images: Sequence[ImageInput] = (), **options: Any
+    ) -> Generator[StreamEvent, None, GenerateResult]:
         """Stream the answer to a user turn; both join the conversation when the answer ends.
 
         A reader that stops early leaves what has been said as the answer. Near the end of the
@@ -121,31 +130,38 @@ class Chat:
 
         Args:
             text: the user's turn.
+            images: pictures of this turn, as `nld_cuda.generate` takes them: one for each
+                placeholder in the text, or in front of a text without.
             options: arguments of `nld_cuda.stream` for this answer, over those of the chat.
 
         Raises:
-            ValueError, TypeError: as `nld_cuda.stream`, or no room is left; the conversation is
-                then as before.
+            ValueError, TypeError, FileNotFoundError, ImportError: as `nld_cuda.stream`, or no room
+                is left; the conversation is then as before.
         """
-        turn = {"role": "user", "content": text}
+        pixels = prepare_images(self.model, images)
+        turn = {"role": "user", "content": with_placeholders(self.model, text, len(pixels))}
         rendered = self._text([*self.messages, turn])
         prompt = self._encode(rendered)
+        shown = [*self.images, *pixels]
         options = {"session": self.session, **self.decode_options(), **options}
-        options["max_new_tokens"] = self._fitting(prompt, options.get("max_new_tokens", MAX_NEW))
+        options["images"] = [shown] if shown else None
+        num_tokens = len(place_images(self.model, prompt, shown)[0])
+        limit = self._fitting(num_tokens, options.get("max_new_tokens", MAX_NEW))
+        options["max_new_tokens"] = limit
         events = stream(self.model, prompt, options.pop("mode", self.mode), **options)
         opened = THINK_BEGIN + "\n" if rendered.rstrip().endswith(THINK_BEGIN) else ""
-        return self._answer(events, turn, opened)
+        return self._answer(events, turn, opened, pixels)
 
-    def _fitting(self, prompt: list[int], max_new_tokens: Any) -> Any:
+    def _fitting(self, num_tokens: int, max_new_tokens: Any) -> Any:
         """The limit, or less where the conversation leaves less room; others refuse wrong ones."""
         places = self.model.config.max_position_embeddings
-        if len(prompt) >= places:
+        if num_tokens >= places:
             raise ValueError(
                 f"chat: the conversation must fit in the model's {places} places with room for an "
-                f"answer, got {len(prompt)} tokens: start over (/reset)"
+                f"answer, got {num_tokens} tokens: start over (/reset)"
             )
         if isinstance(max_new_tokens, int) and max_new_tokens <= places:
-            return min(max_new_tokens, places - len(prompt))
+            return min(max_new_tokens, places - num_tokens)
         return max_new_tokens
 
     def _answer(
@@ -153,6 +169,7 @@ class Chat:
         events: Generator[StreamEvent, None, GenerateResult],
         turn: dict[str, str],
         opened: str,
+        pixels: list[Tensor],
     ) -> Generator[StreamEvent, None, GenerateResult]:
         said: list[int] = []
         failed = True
@@ -176,6 +193,7 @@ class Chat:
                     said.pop()
                 content = opened + self._tokenizer.decode(said, skip_special_tokens=False)
                 self.messages += [turn, {"role": "assistant", "content": content}]
+                self.images += pixels
 
     def _encode(self, rendered: str) -> list[int]:
         return self._tokenizer.encode(rendered, add_special_tokens=False)

@@ -259,14 +259,13 @@ def read_prompt(args: argparse.Namespace) -> str:
     return sys.stdin.read().removesuffix("\n")
 
 
-def with_placeholders(model: Any, prompt: str, images: Sequence[str] | None) -> str:
-    """Put the images in front of a prompt that does not say where they stand."""
-    from nld_cuda.decode.images import ImageTokens
+def with_images(model: Any, args: argparse.Namespace, prompt: str) -> tuple[str, Any]:
+    """Return the prompt with a placeholder for every picture, and the pictures."""
+    from nld_cuda.decode.images import with_placeholders
 
-    if not images or model.vision is None:
-        return prompt
-    placeholder = ImageTokens.of(model).placeholder
-    return prompt if placeholder in prompt else placeholder * len(images) + prompt
+    if not args.image:
+        return prompt, None
+    return with_placeholders(model, prompt, len(args.image)), [args.image]
 
 
 @contextmanager
@@ -344,16 +343,15 @@ def run_generate(args: argparse.Namespace) -> int:
         raise ValueError(f"--{option} must come with --chat, which renders a conversation")
     prompt: Any = read_prompt(args)
     model = load_model(args)
-    prompt = with_placeholders(model, prompt, args.image)
-    images = [args.image] if args.image else None
+    prompt, images = with_images(model, args, prompt)
     mode = default_mode(args, model)
-    options = decode_options(args, mode, all_modes=False)
+    options = {**decode_options(args, mode, all_modes=False), "images": images}
     chat = cli_chat.make_chat(model, args) if args.chat else None
     if chat is not None:
         chat.messages.append({"role": "user", "content": prompt})
         prompt, options = chat.prompt(), {**chat.decode_options(), **options}
     if args.json or args.no_stream:
-        result = nld_cuda.generate(model, [prompt], images=images, **options)
+        result = nld_cuda.generate(model, [prompt], **options)
         if args.json:
             print(json.dumps(result_record(result, mode)))
         elif chat is not None:
@@ -361,7 +359,7 @@ def run_generate(args: argparse.Namespace) -> int:
         else:
             print(text_of(result))
         return 0
-    events = nld_cuda.stream(model, prompt, images=images, **options)
+    events = nld_cuda.stream(model, prompt, **options)
     if args.show_denoising:
         stats = cli_view.show_denoising(events)
     elif chat is not None:
@@ -403,9 +401,9 @@ def run_compare(args: argparse.Namespace) -> int:
     else:
         problems = [{"prompt": read_prompt(args), "answer": None, "kind": None}]
     model = load_model(args)
-    images = [args.image] if args.image else None
+    images = None
     for problem in problems:
-        problem["prompt"] = with_placeholders(model, problem["prompt"], args.image)
+        problem["prompt"], images = with_images(model, args, problem["prompt"])
     runs = [(mode, decode_options(args, mode, all_modes=True)) for mode in MODES]
     # A short first round is not counted: it pays for page faults and torch's own set-up.
     for mode_options in (options for _, options in runs):

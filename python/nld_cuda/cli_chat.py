@@ -20,6 +20,7 @@ HELP = """\
 /mode NAME     ar, diffusion, linear-spec or quadratic-spec, from the next answer on
 /think on|off  ask the model to think first, or not
 /think N       think, for at most N tokens
+/image FILE    show a picture with the next turn, in front of it or at its placeholder
 /system TEXT   start over with another system turn
 /reset         start over
 /stats on|off  a line of figures after each answer
@@ -36,6 +37,7 @@ class Console:
         self._args, self._model = args, model
         self.chat = make_chat(model, args)
         self.mode = default_mode(args, model)
+        self._pictures: list[str] = []  # for the next turn
         self._is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self._show_stats = self._is_terminal
 
@@ -57,14 +59,15 @@ class Console:
             elif line:
                 try:
                     self._answer(line)
-                except (ValueError, TypeError) as error:
+                except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
                     if not self._is_terminal:
                         raise
                     self._note(str(error))  # the conversation is as before: go on
 
     def _answer(self, line: str) -> None:
         options = decode_options(self._args, self.mode, all_modes=True)
-        events = self.chat.ask(line, **options)
+        pictures, self._pictures = self._pictures, []
+        events = self.chat.ask(line, images=pictures, **options)
         try:
             result = show_events(self.chat, events)
         except KeyboardInterrupt:
@@ -91,6 +94,8 @@ class Console:
                 self._note("/think N needs a tokenizer with </think>, this one has none")
                 return
             chat.thinking, chat.max_thinking_tokens = True, int(value)
+        elif name == "/image" and value:
+            self._pictures.append(value)
         elif name == "/system":
             self._args.system = value or None
             chat.restart(self._args.system)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,7 +73,9 @@ class ImageTokens:
             # The published code uses these tokens whatever config.json says.
             start, row_break, end = (find(f"<|image_{x}|>") for x in ("start", "break", "end"))
             return cls(pad, start, row_break, end, "<|image_start|>")
-        return cls(config.image_token_id, None, find("[IMG_BREAK]"), find("[IMG_END]"), "[IMG]")
+        names = _vision(model).processor.token_names
+        row_break, end = find(names["image_break_token"]), find(names["image_end_token"])
+        return cls(config.image_token_id, None, row_break, end, names["image_token"])
 
     @property
     def whole(self) -> int:
@@ -95,6 +98,19 @@ def _vision(model: NLDModel) -> VisionEncoder:
     return model.vision
 
 
+def prepare_images(model: NLDModel, images: Sequence[ImageInput]) -> list[Tensor]:
+    """Pixels of images; a model that reads text only has none. Raises as `place_images`."""
+    return [_vision(model).processor.pixels(image) for image in images]
+
+
+def with_placeholders(model: NLDModel, text: str, num_images: int) -> str:
+    """Put images in front of a text that does not say where they stand."""
+    if not num_images:
+        return text
+    placeholder = ImageTokens.of(model).placeholder
+    return text if placeholder in text else placeholder * num_images + text
+
+
 def images_per_prompt(images: Images | None, num_prompts: int) -> list[list[ImageInput]]:
     """One list of images per prompt, from any of the forms that `generate` takes."""
     if images is None:
@@ -110,7 +126,7 @@ def images_per_prompt(images: Images | None, num_prompts: int) -> list[list[Imag
 
 
 def place_images(
-    model: NLDModel, prompt: list[int], images: Sequence[ImageInput], which: str
+    model: NLDModel, prompt: list[int], images: Sequence[ImageInput], which: str = ""
 ) -> tuple[list[int], tuple[PlacedImage, ...]]:
     """A prompt with its placeholders laid out as image tokens, and where each image stands.
 
@@ -127,19 +143,20 @@ def place_images(
         return prompt, ()
     vision = _vision(model)
     tokens, edge = ImageTokens.of(model), vision.config.token_size
-    pixels = [vision.processor.pixels(image) for image in images]
+    pixels = prepare_images(model, images)
     grids = [(p.shape[1] // edge, p.shape[2] // edge) for p in pixels]
     num_pieces = sum(rows * columns for rows, columns in grids)
     num_tokens = prompt.count(tokens.image)
-    is_laid_out = num_tokens == num_pieces and (
-        num_pieces != len(images)  # else the image tokens may be the placeholders
-        or tokens.start is not None
-        or (tokens.end is not None and prompt.count(tokens.end) == len(images))
-    )
+    if tokens.start is not None:
+        is_laid_out = (tokens.start, tokens.image) in pairwise(prompt)
+    else:  # equal numbers: one placeholder each, or images of one token
+        is_laid_out = num_tokens == num_pieces and (
+            num_pieces != len(images)
+            or (tokens.end is not None and prompt.count(tokens.end) == len(images))
+        )
     if prompt.count(tokens.whole) == len(images) and not is_laid_out:
-        layouts = (tokens.layout(*grid) for grid in grids)
-        prompt = [t for x in prompt for t in (next(layouts) if x == tokens.whole else [x])]
-    elif num_tokens != num_pieces:
+        return _lay_out(prompt, tokens, pixels, grids)
+    if num_tokens != num_pieces:
         raise ValueError(
             f"generate: prompt must hold one {tokens.placeholder} (id {tokens.whole}) per image, "
             f"or image tokens (id {tokens.image}) for all pieces; got {len(images)} images of "
@@ -152,6 +169,23 @@ def place_images(
         for p, (rows, columns) in zip(pixels, grids, strict=True)
     ]
     return prompt, tuple(placed)
+
+
+def _lay_out(
+    prompt: list[int], tokens: ImageTokens, pixels: list[Tensor], grids: list[tuple[int, int]]
+) -> tuple[list[int], tuple[PlacedImage, ...]]:
+    """Image tokens for every placeholder; others in the prompt are ordinary tokens."""
+    laid_out: list[int] = []
+    placed: list[PlacedImage] = []
+    for token in prompt:
+        if token != tokens.whole:
+            laid_out.append(token)
+            continue
+        layout = tokens.layout(*grids[len(placed)])
+        places = [len(laid_out) + i for i, t in enumerate(layout) if t == tokens.image]
+        placed.append(PlacedImage(pixels[len(placed)], places))
+        laid_out += layout
+    return laid_out, tuple(placed)
 
 
 def image_marks(request: Request) -> dict[int, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -23,6 +24,10 @@ PUBLISHED_EDGE = 1400
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
+# Fields of processor_config.json, and the tokens of Mistral's vocabularies.
+TOKEN_NAMES = {
+    "image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]",
+}  # fmt: skip
 PROCESSORS = ("PixtralImageProcessor", "PixtralImageProcessorFast", "PixtralImageProcessorPil")
 
 
@@ -41,8 +46,14 @@ class ImageProcessor:
     edges of at most 1400 pixels, transparency on white.
     """
 
-    def __init__(self, config: VisionConfig, settings: dict[str, Any] | None) -> None:
-        self.config, self.settings = config, settings
+    def __init__(
+        self,
+        config: VisionConfig,
+        settings: dict[str, Any] | None = None,
+        token_names: Mapping[str, str] = TOKEN_NAMES,
+    ) -> None:
+        """Take the settings of `PixtralImageProcessor` and what image tokens are called."""
+        self.config, self.settings, self.token_names = config, settings, token_names
         self._theirs: Any = None
 
     @classmethod
@@ -53,18 +64,19 @@ class ImageProcessor:
             ValueError: a settings file is damaged.
             NotImplementedError: it is for another processor.
         """
-        for name in ("processor_config.json", "preprocessor_config.json"):
-            if not (folder / name).is_file():
+        settings, names = None, dict(TOKEN_NAMES)
+        # The second one is of the whole processor: it names tokens, and may hold the first one.
+        for file in (folder / "preprocessor_config.json", folder / "processor_config.json"):
+            if not file.is_file():
                 continue
-            settings: Any = read_json_object(folder / name)
-            if name == "processor_config.json":  # of the whole processor; may hold this part of it
-                settings = settings.get("image_processor")
-            if not isinstance(settings, dict):
-                continue
-            read = Fields(settings, str(folder / name))
-            read.supported("image_processor_type", PROCESSORS)
-            return cls(config, settings)
-        return cls(config, None)
+            fields: Any = read_json_object(file)
+            if file.name == "processor_config.json":
+                names |= {k: v for k, v in fields.items() if k in names and isinstance(v, str)}
+                fields = fields.get("image_processor")
+            if isinstance(fields, dict):
+                Fields(fields, str(file)).supported("image_processor_type", PROCESSORS)
+                settings = fields
+        return cls(config, settings, names)
 
     def pixels(self, image: ImageInput) -> Tensor:
         """Pixels `[channels, height, width]` of a picture, float32.
