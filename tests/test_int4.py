@@ -36,9 +36,9 @@ def test_words_are_those_of_compressed_tensors(rows: int, count: int, seed: int)
     codes = torch.randint(16, (rows, count), generator=torch.Generator().manual_seed(seed))
     words = int4.pack_words(codes)
     assert_equal(words, pack_to_int32((codes - 8).to(torch.int8), 4), "words")
-    theirs = unpack_from_int32(words, 4, torch.Size((rows, count))).int() + 8
+    theirs = (unpack_from_int32(words, 4, torch.Size((rows, count))) + 8).to(torch.uint8)
     assert_equal(int4.from_compressed_tensors(words, count), theirs, "codes")
-    assert_equal(theirs, codes.int(), "codes again")
+    assert_equal(theirs, codes.to(torch.uint8), "codes again")
 
 
 def gptq_words(codes: list[list[int]]) -> Tensor:

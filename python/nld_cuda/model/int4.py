@@ -105,13 +105,14 @@ def make_matrix(codes: Tensor, scales: Tensor, device: torch.device) -> Int4Matr
     """Lay out a matrix for `product`.
 
     Args:
-        codes: `[out, in]`, integers 0 to 15.
+        codes: `[out, in]` uint8, 0 to 15.
         scales: `[out, in / group_size]`.
         device: where the products will run.
     """
     out, inputs = codes.shape
     group_size = inputs // scales.shape[1]
-    packed = _pack(codes, device)
+    # Some outputs at a time: torch packs whole blocks of them alike, from four bytes a code.
+    packed = torch.cat([_pack(part, device) for part in codes.split(1024)])
     columns = scales.t().to(device=device, dtype=torch.bfloat16)
     pairs = torch.stack([columns, torch.zeros_like(columns)], dim=2).contiguous()
     return Int4Matrix(packed, pairs, group_size, (out, inputs), packed_block(device))
@@ -121,7 +122,7 @@ def _pack(codes: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     # Two codes to a byte, the even one above; 8 tiles of 16 inputs are laid side by side.
-    pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8).to(device)
+    pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(device)
     return torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
 
 
@@ -132,7 +133,7 @@ def packed_block(device: torch.device) -> int:
     The order is torch's own affair, and on the CPU depends on the instruction set: it is found out
     by unpacking what was packed.
     """
-    codes = torch.arange(64 * 256).view(64, 256) * 2654435761 >> 9 & 15
+    codes = (torch.arange(64 * 256).view(64, 256) * 2654435761 >> 9 & 15).to(torch.uint8)
     for block in (64, 32) if device.type == "cpu" else (8,):
         packed = _pack(codes, device)
         found = unpack_cpu(packed, block) if device.type == "cpu" else unpack_cuda(packed)
@@ -166,12 +167,12 @@ def unpack_cuda(packed: Tensor) -> Tensor:
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     """The dense float32 matrix `[out, in]` of codes `[out, in]` and scales `[out, groups]`."""
     out, inputs = codes.shape
-    grouped = (codes.view(out, scales.shape[1], -1) - ZERO).float() * scales.float()[:, :, None]
-    return grouped.view(out, inputs)
+    grouped = codes.view(out, scales.shape[1], -1).float().sub_(ZERO)
+    return grouped.mul_(scales.float()[:, :, None]).view(out, inputs)
 
 
 def quantize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Round to nearest: codes `[out, in]` int32 and scales `[out, in / group_size]` bfloat16.
+    """Round to nearest: codes `[out, in]` uint8 and scales `[out, in / group_size]` bfloat16.
 
     The largest weight of a group becomes code 0 or 15, 7.5 steps from zero, clipped by half a step
     on the positive side; codes are chosen for the scale as it is stored.
@@ -179,23 +180,22 @@ def quantize(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     out, inputs = weight.shape
     grouped = weight.float().view(out, inputs // group_size, group_size)
     scales = (grouped.abs().amax(dim=2) / 7.5).clamp(min=1e-8).bfloat16()
-    codes = (grouped / scales.float()[:, :, None]).round().clamp(-8, 7) + ZERO
-    return codes.int().view(out, inputs), scales
+    codes = (grouped / scales.float()[:, :, None]).round_().clamp_(-8, 7).add_(ZERO)
+    return codes.to(torch.uint8).view(out, inputs), scales
 
 
 def pack_words(codes: Tensor) -> Tensor:
     """Pack codes `[rows, n]` into int32 words `[rows, ceil(n / 8)]`, the first in the low bits."""
     rows, count = codes.shape
-    padded = torch.nn.functional.pad(codes.long(), (0, -count % 8)).view(rows, -1, 8)
-    words = (padded << torch.arange(0, 32, 4, device=codes.device)).sum(dim=2)
-    return torch.where(words >= 2**31, words - 2**32, words).int()
+    padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -count % 8)).view(rows, -1, 2)
+    # The bytes of a word follow each other from its low bits on (everything torch runs on).
+    return (padded[:, :, 0] | padded[:, :, 1] << 4).view(torch.int32)
 
 
 def unpack_words(words: Tensor, count: int) -> Tensor:
-    """Codes `[rows, count]` int32 of int32 words `[rows, ceil(count / 8)]`."""
-    shifts = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)
-    codes = (words[:, :, None] >> shifts) & 15
-    return codes.view(words.shape[0], -1)[:, :count]
+    """Codes `[rows, count]` uint8 of words of 32 bits `[rows, ceil(count / 8)]`."""
+    pairs = words.int().contiguous().view(torch.uint8)
+    return torch.stack([pairs & 15, pairs >> 4], dim=2).view(words.shape[0], -1)[:, :count]
 
 
 def from_compressed_tensors(packed: Tensor, count: int) -> Tensor:
@@ -205,7 +205,7 @@ def from_compressed_tensors(packed: Tensor, count: int) -> Tensor:
 
 def from_gptq(qweight: Tensor) -> Tensor:
     """Codes `[out, in]` of GPTQ's `qweight` `[in / 8, out]`."""
-    return unpack_words(qweight.t().contiguous(), 8 * qweight.shape[0])
+    return unpack_words(qweight.t(), 8 * qweight.shape[0])
 
 
 def gptq_zeros(qzeros: Tensor, out: int, is_version_2: bool) -> Tensor:
@@ -213,4 +213,4 @@ def gptq_zeros(qzeros: Tensor, out: int, is_version_2: bool) -> Tensor:
 
     The first version of the format stores them less one.
     """
-    return (unpack_words(qzeros, out) + (0 if is_version_2 else 1)) & 15
+    return (unpack_words(qzeros, out).int() + (0 if is_version_2 else 1)) & 15

@@ -96,7 +96,7 @@ class Int4Files:
         return codes[rows, columns], scales[rows, groups]
 
     def read(self, name: str, shape: Shape) -> tuple[Tensor, Tensor]:
-        """Codes `[out, in]` int32 and scales `[out, groups]` as stored.
+        """Codes `[out, in]` uint8 and scales `[out, groups]` as stored.
 
         Raises:
             ValueError: another shape is recorded, or the matrix is not what its config says.
