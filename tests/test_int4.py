@@ -286,6 +286,15 @@ def test_quantize_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert json.loads((whole / "model.safetensors.index.json").read_text()) == index
     with pytest.raises(ValueError, match=r"target must be empty or of the same call, .*head=False"):
         quantize(source, target, group_size=32, head=True)
+    other = write_checkpoint(tmp_path / "c", fields, random_weights(fields))
+    with pytest.raises(ValueError, match=r"same call, it has .*b/model-0000\d-of-00004"):
+        quantize(other, target, group_size=32)
+    assert load_model(target, "cpu").num_bytes > 0, "what was refused has changed nothing"
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"same call, it has .*d/config.json"):
+        quantize(source, tmp_path / "d", group_size=32)
+    assert (tmp_path / "d/config.json").read_text() == "{}"
 
 
 def test_quantize_errors(tmp_path: Path, capsys: Any) -> None:

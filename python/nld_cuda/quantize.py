@@ -104,16 +104,16 @@ def quantize(
                 f"({', '.join(map(str, fitting)) or 'none does'}), got {group_size}"
             )
     files = TensorFiles(checkpoint_files(folder), canonical_name)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").unlink(missing_ok=True)
-
     settings = f"int4 group_size={group_size}" if format == "int4" else format
     mark = f"{settings} head={head} of {folder.resolve()}"
+    resumed = _resumed_shards(out, files.files, mark)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").unlink(missing_ok=True)
     total = sum(file.stat().st_size for file in files.files)
     weight_map: dict[str, str] = {}
     done = num_resumed = num_quantized = target_bytes = 0
     for file in files.files:
-        written = _written_names(out / file.name, mark)
+        written = resumed.get(file.name)
         if written is None:
             tensors: dict[str, Tensor] = {}
             for name, original in files.names(file).items():
@@ -178,6 +178,23 @@ def _stored(
         f"{original}_scale": scales,
         f"{original}_shape": torch.tensor(weight.shape, dtype=torch.int64),
     }
+
+
+def _resumed_shards(out: Path, shards: list[Path], mark: str) -> dict[str, list[str]]:
+    """Names in each shard that an earlier, equal call has written.
+
+    Raises:
+        ValueError: the folder holds something else; it is left as it is.
+    """
+    names = {shard.name for shard in shards}
+    found = {name: _written_names(out / name, mark) for name in sorted(names)}
+    resumed = {name: written for name, written in found.items() if written is not None}
+    others = [file for file in out.glob("*.safetensors") if file.name not in names]
+    if (out / "config.json").exists() and not resumed:
+        others.append(out / "config.json")
+    if others:
+        raise ValueError(f"quantize: target must be empty or of the same call, it has {others[0]}")
+    return resumed
 
 
 def _written_names(file: Path, mark: str) -> list[str] | None:
