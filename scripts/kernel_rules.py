@@ -367,6 +367,20 @@ RULES: list[Rule] = [
         instructions={LOAD_16: 2 * 8, "MUFU.EX2": 32},
         dynamic_smem=COMMIT_SMEM,
     ),
+    # ---- shards of the vocabulary: the scans of a shard with the code of draws; what finishes a
+    # request from gathered parts is one CTA each, and small.
+    Rule(
+        r"(commit|verify)_scan_kernel<b?f16>",
+        min_ctas={"all": 3, "sm_120": 2},
+        instructions={LOAD_16: 2 * 4},
+    ),
+    Rule(
+        r"(commit|verify)_scan_kernel<float>",
+        min_ctas={"all": 2},
+        instructions={LOAD_16: 2 * 8},
+    ),
+    Rule(r"commit_parts_kernel", min_ctas={"all": 4}, dynamic_smem=COMMIT_SMEM),
+    Rule(r"verify_parts_kernel", min_ctas={"all": 4}, dynamic_smem=2 * KIB),
     # A fused multiply-add would draw other tokens than the CPU does.
     Rule(r"gumbel_noise_kernel", min_ctas={"all": 8, "sm_120": 6}, forbidden=("FFMA",)),
 ]

@@ -14,6 +14,7 @@
 #include <string>
 
 #include "common/dtype.h"
+#include "common/slice_part.h"
 
 namespace nld {
 
@@ -168,6 +169,50 @@ T* ptr(const Tensor& t) {
 template <class T>
 T* ptr(const std::optional<Tensor>& t) {
   return t ? static_cast<T*>(t->data_ptr()) : nullptr;
+}
+
+// ---- tensors of SlicePart: what the scan of a shard returns, and the gathered parts of all shards ----
+
+// Ids that a part stands for at most, on any device; the scan of the CPU takes more and leaves parts that say nothing.
+constexpr int64_t kPartLen = 8192;
+
+inline int64_t num_slices(int64_t vocab, int64_t slice_len) { return (vocab + slice_len - 1) / slice_len; }
+
+inline void check_shard(const char* op, int64_t first_token_id, int64_t shard) {
+  if (first_token_id < 0) fail(op, ": first_token_id must be at least 0, got ", first_token_id);
+  if (first_token_id > INT32_MAX - shard) {
+    fail(op, ": first_token_id + columns of logits must be below 2^31, got ", first_token_id, " + ", shard);
+  }
+}
+
+inline int64_t check_vocab(const char* op, int64_t vocab) {
+  if (vocab < 1 || vocab > INT32_MAX) fail(op, ": vocab must be 1 to 2^31 - 1, got ", vocab);
+  return vocab;
+}
+
+// [rows, num_parts, 8] int32, not filled. num_parts 0: as few as the shard needs.
+inline Tensor new_parts(const char* op, const Tensor& logits, int64_t num_parts) {
+  const int64_t slices = num_slices(logits.size(1), kPartLen), needed = slices > 0 ? slices : 1;
+  if (num_parts != 0 && num_parts < needed) {
+    fail(op, ": num_parts must be 0 or at least ", needed, " (a part for each ", kPartLen, " columns of logits), got ",
+         num_parts);
+  }
+  return torch::stable::new_empty(logits, {logits.size(0), num_parts != 0 ? num_parts : needed, kSlicePartWords},
+                                  ScalarType::Int);
+}
+
+inline RowParts row_parts(const char* op, const Tensor& parts) {
+  const auto [num_shards, rows, num_parts, words] = shape<4>(op, "parts", parts);
+  check_dtype(op, "parts", parts, ScalarType::Int);
+  if (num_shards < 1 || num_parts < 1 || words != kSlicePartWords) {
+    fail(op, ": parts must be [num_shards, rows, num_parts, ", kSlicePartWords, "] with a shard and a part, got shape ",
+         shape_text(parts));
+  }
+  check_contiguous(op, "parts", parts);
+  if (reinterpret_cast<uintptr_t>(parts.data_ptr()) % alignof(SlicePart) != 0) {
+    fail(op, ": parts must begin at a multiple of ", alignof(SlicePart), " bytes, got an address that is not");
+  }
+  return {ptr<SlicePart>(parts), num_shards, rows, num_parts};
 }
 
 }  // namespace nld

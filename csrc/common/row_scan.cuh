@@ -99,9 +99,10 @@ struct RowSlice {
   }
 
   // Bit i: element i is one of `ids` (any values, those outside the vocabulary are ignored). Warp-uniform cost: a warp
-  // without a banned id only looks through the list, 32 ids at a time.
-  __device__ __forceinline__ uint32_t banned_mask(const int64_t* ids, int64_t num_ids) const {
-    const uint64_t begin = warp_first();
+  // without a banned id only looks through the list, 32 ids at a time. `first_token_id`: of a shard's first column.
+  __device__ __forceinline__ uint32_t banned_mask(const int64_t* ids, int64_t num_ids,
+                                                  int32_t first_token_id = 0) const {
+    const uint64_t begin = static_cast<uint64_t>(first_token_id) + warp_first();
     uint32_t mask = 0;
     for (int64_t base = 0; base < num_ids; base += kWarpSize) {
       const int64_t i = base + threadIdx.x % kWarpSize;
@@ -376,12 +377,15 @@ __device__ __forceinline__ float gumbel_bound(uint32_t word) {
 }
 constexpr float kMinGumbel = -3.14f;
 
+// The random words of four neighbouring ids; other kinds of noise offer this, too.
+__device__ __forceinline__ Philox4 noise_words(const NoiseKey& key, uint32_t id) { return philox_words(key, id / 4); }
+
 // The warp's largest value * scale + Gumbel noise among the elements whose bit in `left_out` is not set. `next8` hands
 // out the thread's elements, 8 at a time (RowSlice::take8). `floor`: the best is at least this, for example
 // largest value * scale + kMinGumbel; -inf if nothing is known. Noise is worked out only where it could win: first for
 // 8 ids of every lane by its own limit, then by a bound made from the random bits.
-template <class T, class Next8>
-__device__ __forceinline__ Choice warp_gumbel(const RowSlice<T>& slice, Next8 next8, float scale, const NoiseKey& key,
+template <class T, class Next8, class Noise>
+__device__ __forceinline__ Choice warp_gumbel(const RowSlice<T>& slice, Next8 next8, float scale, const Noise& noise,
                                               uint32_t left_out, float floor) {
   Choice best = {-kScanInf, -1};
   floor = fmaxf(floor, -kScanMaxFloat);  // values at -inf never win
@@ -400,7 +404,7 @@ __device__ __forceinline__ Choice warp_gumbel(const RowSlice<T>& slice, Next8 ne
     bool can_win = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Philox4 drawn = philox_words(key, slice.id(8 * step + 4 * half) / 4);
+      const Philox4 drawn = noise_words(noise, slice.id(8 * step + 4 * half));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         words[4 * half + i] = drawn.word[i];

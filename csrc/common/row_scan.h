@@ -33,11 +33,12 @@ template <class T>
 struct Logits {
   const T* data;
   float scale;
+  int64_t first = 0;  // the id of data[0]: what other functions call i is an id
 
   NLD_INLINE VecF clean(VecF x, float scale) { return min(max(x, set1(-kInf)) * scale, set1(kMaxFloat)); }
-  inline __attribute__((always_inline)) VecF vec(int64_t i) const { return clean(load(data + i), scale); }
+  inline __attribute__((always_inline)) VecF vec(int64_t i) const { return clean(load(data + (i - first)), scale); }
   inline __attribute__((always_inline)) VecF partial(int64_t i, int n) const {  // lanes from n on: -inf
-    return clean(load_partial(data + i, n, -kInf), scale);
+    return clean(load_partial(data + (i - first), n, -kInf), scale);
   }
   inline __attribute__((always_inline)) void pair(int64_t i, VecF& a, VecF& b) const {
     a = vec(i);
@@ -51,17 +52,19 @@ struct Logits {
 template <class T>
 struct RawLogits {
   const T* data;
+  int64_t first = 0;
 
-  inline __attribute__((always_inline)) VecF vec(int64_t i) const { return load(data + i); }
+  inline __attribute__((always_inline)) VecF vec(int64_t i) const { return load(data + (i - first)); }
   inline __attribute__((always_inline)) VecF partial(int64_t i, int n) const {
-    return load_partial(data + i, n, -kInf);
+    return load_partial(data + (i - first), n, -kInf);
   }
   inline __attribute__((always_inline)) void pair(int64_t i, VecF& a, VecF& b) const {
-    __builtin_prefetch(data + i + kPrefetchLen);
-    if (2 * kLanes * sizeof(T) > 64) __builtin_prefetch(data + i + kPrefetchLen + kLanes);
-    load_pair(data + i, a, b);
+    const T* at = data + (i - first);
+    __builtin_prefetch(at + kPrefetchLen);
+    if (2 * kLanes * sizeof(T) > 64) __builtin_prefetch(at + kPrefetchLen + kLanes);
+    load_pair(at, a, b);
   }
-  inline __attribute__((always_inline)) Logits<T> cleaned() const { return {data, 1.0f}; }
+  inline __attribute__((always_inline)) Logits<T> cleaned() const { return {data, 1.0f, first}; }
 };
 
 // Ids that may not be chosen, in any order; entries outside the vocabulary are ignored.

@@ -1,5 +1,5 @@
 // CPU code of the confidence commit, compiled once per ISA.
-#include "common/row_scan.h"
+#include "common/part_scan.h"
 #include "sampler/rules.h"
 #include "sampler/sampler.h"
 
@@ -26,7 +26,6 @@ bool is_judged(const CommitParams& p, int64_t request, int64_t row) {
 int64_t plan(const CommitParams& p) {
   int64_t num_judged = 0;
   for (int64_t request = 0; request < p.batch; ++request) {
-    p.first_judged[request] = static_cast<int32_t>(num_judged);
     const RowRange range = request_rows(p, request);
     for (int64_t row = range.begin; row < range.end; ++row) {
       if (!is_judged(p, request, row) || num_judged == p.rows) continue;  // full: only if cu_seqlens overlaps
@@ -34,41 +33,29 @@ int64_t plan(const CommitParams& p) {
       p.judged_requests[num_judged++] = static_cast<int32_t>(request);
     }
   }
-  p.first_judged[p.batch] = static_cast<int32_t>(num_judged);
   return num_judged;
 }
 
 // ---- one slice of one row ----
 
 template <class T>
-const T* logits_row(const CommitParams& p, int64_t row) {
-  return static_cast<const T*>(p.logits) + row * p.logits_row_stride;
-}
-
-template <class T>
 void scan_items(const CommitParams& p, int64_t item_begin, int64_t item_end) {
-  const Banned banned = {p.banned, p.num_banned};
+  const int64_t num_slices = (p.vocab + kSliceLen - 1) / kSliceLen;
   for (int64_t item = item_begin; item < item_end; ++item) {
-    const int64_t judged = item / p.num_slices, slice = item % p.num_slices;
+    const int64_t judged = item / num_slices, slice = item % num_slices;
     const int64_t row = p.judged_rows[judged], request = p.judged_requests[judged];
     const int64_t begin = slice * kSliceLen, end = begin + kSliceLen < p.vocab ? begin + kSliceLen : p.vocab;
-    const float scale = p.temperature != nullptr ? inverse_temperature(p.temperature[request]) : 0.0f;
-    const RawLogits<T> logits = {logits_row<T>(p, row)};
-    const bool draws = p.is_masked[row] && scale > 0.0f;  // a held token is judged, not drawn
-    Best best;
-    ExpSum total;
-    if (rule_of(p, request) == CommitRule::kEntropy) {
-      draws ? scan_softmax<true, false>(logits, begin, end, banned, best, total)
-            : scan_softmax<true, true>(logits, begin, end, banned, best, total);
-    } else {
-      draws ? scan_softmax<false, false>(logits, begin, end, banned, best, total)
-            : scan_softmax<false, true>(logits, begin, end, banned, best, total);
+    RowQuestion asked = {.is_held = !p.is_masked[row],  // a held token is judged, not drawn
+                         .held = held_token(p.block_tokens[row]),
+                         .wants_sums = true,
+                         .wants_dot = rule_of(p, request) == CommitRule::kEntropy};
+    if (p.temperature != nullptr) {
+      asked.scale = inverse_temperature(p.temperature[request]);
+      asked.key = {static_cast<uint64_t>(p.seed[request]), static_cast<uint32_t>(p.positions[row]), p.purpose};
     }
-    if (draws) {  // the slice lies in the L2 cache now
-      const NoiseKey key = {static_cast<uint64_t>(p.seed[request]), static_cast<uint32_t>(p.positions[row]), p.purpose};
-      scan_gumbel(Logits<T>{logits.data, scale}, begin, end, key, banned, best);
-    }
-    p.parts[item] = {best.value, static_cast<int32_t>(best.id), total.max, total.sum, total.dot};
+    *part_at(p.parts, row, slice) =
+        scan_part(static_cast<const T*>(p.logits) + row * p.logits_row_stride, p.first_token_id,
+                  p.first_token_id + begin, p.first_token_id + end, asked, {p.banned, p.num_banned});
   }
 }
 
@@ -85,37 +72,22 @@ void scan(const CommitParams& p, int64_t item_begin, int64_t item_end) {
 
 // ---- one request ----
 
-float clean_logit(const CommitParams& p, int64_t row, int64_t id) {
-  switch (p.dtype) {
-    case DType::kF32:
-      return Logits<float>{logits_row<float>(p, row), 1.0f}.at(id);
-    case DType::kBF16:
-      return Logits<bf16>{logits_row<bf16>(p, row), 1.0f}.at(id);
-    case DType::kF16:
-      return Logits<f16>{logits_row<f16>(p, row), 1.0f}.at(id);
-  }
-  return 0.0f;
-}
-
-// Puts the slices of a judged row together: candidate (a held token stays), its confidence, the entropy of the row.
-void finish_row(const CommitParams& p, int64_t judged) {
-  const int64_t row = p.judged_rows[judged];
-  Best best;
+// Puts the parts of a judged row together: candidate (a held token stays), its confidence, the entropy of the row.
+void finish_row(const CommitParams& p, int64_t row) {
+  SlicePart best = no_part();
   ExpSum total;
-  for (int64_t slice = 0; slice < p.num_slices; ++slice) {
-    const CommitPart& part = p.parts[judged * p.num_slices + slice];
-    merge(best, {part.best_value, part.best_id});
+  for (int64_t i = 0; i < parts_of_row(p.parts); ++i) {
+    const SlicePart& part = *part_at(p.parts, row, i);
+    if (part.value > best.value) best = part;
     merge(total, {part.max, part.sum, part.dot});
   }
-  const bool is_held = !p.is_masked[row];
-  const int64_t id = is_held ? p.block_tokens[row] : best.id;
   float confidence = 0.0f, entropy = kInf;
-  if (id >= 0 && id < p.vocab && total.sum > 0.0f) {
-    confidence = exp(clean_logit(p, row, id) - total.max) / total.sum;
+  if (best.id >= 0 && total.sum > 0.0f) {
+    confidence = exp(best.logit - total.max) / total.sum;
     const float positive = exact_log(total.sum) - total.dot / total.sum;
     entropy = positive > 0.0f ? positive : 0.0f;
   }
-  p.candidates[row] = is_held || id >= 0 ? id : lowest_allowed({p.banned, p.num_banned}, p.vocab);
+  if (p.is_masked[row]) p.candidates[row] = best.id >= 0 ? best.id : lowest_allowed({p.banned, p.num_banned}, p.vocab);
   p.confidence[row] = confidence;
   p.entropy[row] = entropy;
 }
@@ -168,9 +140,8 @@ void commit(const CommitParams& p, int64_t request_begin, int64_t request_end) {
     for (int64_t row = range.begin; row < range.end; ++row) {
       p.candidates[row] = p.block_tokens[row];
       p.confidence[row] = 1.0f;
+      if (is_judged(p, request, row)) finish_row(p, row);
     }
-    for (int64_t judged = p.first_judged[request]; judged < p.first_judged[request + 1]; ++judged)
-      finish_row(p, judged);
     judge_request(p, request, range);
 
     const bool revises = rule_of(p, request) == CommitRule::kRevise;

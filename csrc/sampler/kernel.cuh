@@ -1,4 +1,4 @@
-// commit_ in one launch, and gumbel_noise_.
+// commit_ in one launch.
 //
 // One CTA judges one slice (8192 ids) of one row; the last CTA of a request to finish commits. Grid: slices x rows, and
 // a few CTAs more for requests without rows. A thread holds 32 ids in registers (4 loads of 16 bytes in bfloat16, 8 in
@@ -17,37 +17,17 @@
 // warps are independent now), online rescaling (an exponential more per step), a ticket per row (a second wait).
 #pragma once
 
-#include "common/row_scan.cuh"
+#include "common/part_scan.cuh"
 #include "common/ticket.cuh"
 #include "sampler/rules.h"
 #include "sampler/sampler.h"
 
 namespace nld {
 
-// What a slice of a judged row says.
-struct alignas(32) SlicePart {
-  ExpSum sums;
-  Choice choice;  // of a held token: itself, in the slice that has it
-  float logit;    // of the choice
-};
-
 constexpr int kSharedRows = 256;  // longer requests keep their per-row figures in global memory
 constexpr int kMergeLanes = 16;   // lanes that put the slices of a row together
 
-struct CommitWorkspace {
-  SlicePart* parts;  // [rows, num_slices]
-  float* entropy;    // [rows]
-  bool* commits;     // [rows]
-};
-NLD_HD CommitWorkspace commit_workspace(const CommitParams& p) {
-  auto* const parts = static_cast<SlicePart*>(p.workspace);
-  auto* const entropy = reinterpret_cast<float*>(parts + p.rows * num_scan_slices(p.vocab));
-  return {parts, entropy, reinterpret_cast<bool*>(entropy + p.rows)};
-}
-
-struct CommitSmem {
-  float best[kScanWarps];  // of each warp of the scan
-  ExpSum sums[kScanWarps];
+struct CommitSmem : PartSmem {
   int32_t is_last;
   int32_t num_committed[kScanWarps], num_remaining[kScanWarps], first_masked[kScanWarps], first_eos[kScanWarps];
   int64_t candidates[kSharedRows];
@@ -72,49 +52,27 @@ __device__ __forceinline__ CommitRule rule_of(const CommitParams& p, int64_t req
   return static_cast<CommitRule>(p.rule[request]);
 }
 
-// Writes the part of a judged row's slice. All threads of the CTA call.
-template <class T, bool kDraws>
-__device__ __forceinline__ void scan_slice(const CommitParams& p, CommitSmem* sm, RowSlice<T>& slice, int32_t row,
-                                           int32_t request, SlicePart* part) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const auto raw = [&](int i) { return slice.raw(i); };
-  float scale = 0.0f;  // these come while the logits are on their way
-  NoiseKey key = {};
-  if (kDraws && p.is_masked[row]) {
-    scale = inverse_temperature(p.temperature[request]);
-    key = {static_cast<uint64_t>(p.seed[request]), static_cast<uint32_t>(p.positions[row]), p.purpose};
-  }
-  const uint32_t banned =
-      p.bans_mask_id ? slice.banned_mask(&p.mask_token_id, 1) : slice.banned_mask(p.banned, p.num_banned);
-  const float top = thread_max(raw);
-  const bool any_banned = __any_sync(kFullMask, banned != 0);
-  const float allowed_top = warp_max(any_banned ? thread_max(raw, banned) : top);
-  const ExpSum sums = warp_exp_sum(raw, warp_max(top));
+__device__ __forceinline__ bool is_judged(const CommitParams& p, int32_t request, int32_t row) {
+  return p.is_masked[row] || (rule_of(p, request) == CommitRule::kRevise && !row_is_fixed(p, row));
+}
 
-  const bool is_held = !p.is_masked[row];
-  Choice choice = {allowed_top, -1};  // which id it is is looked up by the best warp only
-  if (is_held) {                      // nothing to choose: the token's own logit is asked for
-    const int64_t token = p.block_tokens[row];
-    const bool here = slice.warp_holds(token) && token < p.vocab;
-    choice = here ? Choice{0.0f, static_cast<int32_t>(token)} : Choice{-kScanInf, -1};
-  } else if (kDraws && scale > 0.0f) {
-    const float floor = add_rn(fminf(mul_rn(allowed_top, scale), kScanMaxFloat), kMinGumbel);
-    choice = warp_gumbel(slice, [&](float (&values)[8]) { slice.take8(values); }, scale, key, banned, floor);
+// Asked once the logits are on their way.
+template <bool kDraws>
+__device__ __forceinline__ RowQuestion question(const CommitParams& p, int32_t row, int32_t request) {
+  RowQuestion asked = {.is_held = !p.is_masked[row]};
+  if (asked.is_held) {
+    asked.held = held_token(p.block_tokens[row]);
+  } else if (kDraws) {
+    asked.scale = inverse_temperature(p.temperature[request]);
+    asked.key = {static_cast<uint64_t>(p.seed[request]), static_cast<uint32_t>(p.positions[row]), p.purpose};
   }
-  if (lane == 0) {
-    sm->best[warp] = choice.value;
-    sm->sums[warp] = sums;
-  }
-  if (!NLD_BUG(commit_no_barrier)) __syncthreads();
-  if (warp != best_warp(sm->best)) return;  // whole warps; the caller's barrier comes next
-  float logit = choice.value;
-  if (is_held || (kDraws && scale > 0.0f)) {
-    if (choice.id >= 0) logit = slice.logit_of(choice.id);
-  } else {
-    choice.id = warp_find(slice, raw, choice.value, banned);
-  }
-  const ExpSum total = merge_lanes<kScanWarps>(sm->sums[lane % kScanWarps]);
-  if (lane == 0) *part = {total, choice, logit};
+  return asked;
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t banned_elements(const CommitParams& p, const RowSlice<T>& slice, int32_t first) {
+  return p.bans_mask_id ? slice.banned_mask(&p.mask_token_id, 1, first)
+                        : slice.banned_mask(p.banned, p.num_banned, first);
 }
 
 // ---- one request, by the last of its CTAs ----
@@ -139,16 +97,6 @@ __device__ __forceinline__ int64_t lowest_allowed(const CommitParams& p) {
   return 0;
 }
 
-__device__ __forceinline__ SlicePart load_part(const SlicePart* part) {  // other SMs wrote it: not from the L1 cache
-  union {
-    uint4 halves[2];
-    SlicePart part;
-  } u;
-  u.halves[0] = __ldcg(reinterpret_cast<const uint4*>(part));
-  u.halves[1] = __ldcg(reinterpret_cast<const uint4*>(part) + 1);
-  return u.part;
-}
-
 // A row whose slices are being put together, by kMergeLanes lanes.
 struct RowMerge {
   int32_t row;
@@ -158,11 +106,11 @@ struct RowMerge {
   float logit;  // of the lane's own choice
 };
 
-// Puts the slices of every row together: candidate, confidence, entropy.
-__device__ __forceinline__ void finish_rows(const CommitParams& p, const SlicePart* all_parts, RequestRows rows,
-                                            bool revises, const RequestFigures& figures) {
+// Puts the parts of every row together: candidate, confidence, entropy. load(row, i) is part i of num_parts.
+template <class Load>
+__device__ __forceinline__ void finish_rows(const CommitParams& p, const Load& load, int32_t num_parts,
+                                            RequestRows rows, bool revises, const RequestFigures& figures) {
   constexpr int kGroups = kScanThreads / kMergeLanes, kAtOnce = 2;  // rows of a group whose loads overlap
-  const int32_t num_slices = gridDim.x;
   const int lane = threadIdx.x % kMergeLanes;
 #pragma unroll 1
   for (int32_t base = rows.begin; base < rows.end; base += kGroups * kAtOnce) {  // whole warps, for the shuffles
@@ -178,11 +126,9 @@ __device__ __forceinline__ void finish_rows(const CommitParams& p, const SlicePa
     for (int r = 0; r < kAtOnce; ++r) {
       RowMerge& m = merges[r];
       m.is_judged = m.is_masked || (m.in_request && revises && !row_is_fixed(p, m.row));
-      const SlicePart nothing = {{-kScanInf, 0.0f, 0.0f}, {-kScanInf, -1}, 0.0f};
-      const SlicePart* parts = all_parts + m.row * num_slices;
-      const SlicePart part = m.is_judged && lane < num_slices ? load_part(parts + lane) : nothing;
-      m.sums = part.sums;
-      m.choice = part.choice;
+      const SlicePart part = m.is_judged && lane < num_parts ? load(m.row, lane) : no_part();
+      m.sums = {part.max, part.sum, part.dot};
+      m.choice = {part.value, part.id};
       m.logit = part.logit;
     }
 #pragma unroll
@@ -190,11 +136,11 @@ __device__ __forceinline__ void finish_rows(const CommitParams& p, const SlicePa
       RowMerge& m = merges[r];
       if (m.is_judged) {
 #pragma unroll 1
-        for (int32_t i = lane + kMergeLanes; i < num_slices; i += kMergeLanes) {
-          const SlicePart part = load_part(all_parts + m.row * num_slices + i);
-          m.sums = merge(m.sums, part.sums);
-          if (is_better(part.choice, m.choice)) {
-            m.choice = part.choice;
+        for (int32_t i = lane + kMergeLanes; i < num_parts; i += kMergeLanes) {
+          const SlicePart part = load(m.row, i);
+          m.sums = merge(m.sums, ExpSum{part.max, part.sum, part.dot});
+          if (is_better({part.value, part.id}, m.choice)) {
+            m.choice = {part.value, part.id};
             m.logit = part.logit;
           }
         }
@@ -255,9 +201,9 @@ __device__ __forceinline__ bool is_eos(const CommitParams& p, int32_t request, i
 }
 
 // Decides and writes what the request becomes. All threads of the CTA call.
-__device__ __forceinline__ void commit_request(const CommitParams& p, CommitSmem* sm, int32_t request,
-                                               RequestRows rows) {
-  const CommitWorkspace ws = commit_workspace(p);
+template <class Load>
+__device__ __forceinline__ void commit_request(const CommitParams& p, CommitSmem* sm, int32_t request, RequestRows rows,
+                                               const Load& load, int32_t num_parts) {
   const int32_t num_rows = rows.end - rows.begin;
   const CommitRule rule = rule_of(p, request);  // these four loads overlap with those of the parts
   const float threshold = p.threshold[request];
@@ -267,9 +213,9 @@ __device__ __forceinline__ void commit_request(const CommitParams& p, CommitSmem
   const RequestFigures figures =
       num_rows <= kSharedRows
           ? RequestFigures{sm->candidates, sm->confidence, sm->entropy, sm->is_masked, sm->commits, true}
-          : RequestFigures{p.candidates + rows.begin, p.confidence + rows.begin, ws.entropy + rows.begin,
-                           p.is_masked + rows.begin,  ws.commits + rows.begin,   false};
-  finish_rows(p, ws.parts, rows, revises, figures);
+          : RequestFigures{p.candidates + rows.begin, p.confidence + rows.begin, p.entropy + rows.begin,
+                           p.is_masked + rows.begin,  p.commits + rows.begin,    false};
+  finish_rows(p, load, num_parts, rows, revises, figures);
   if (!NLD_BUG(commit_judges_early)) __syncthreads();
   judge_request(rule,
                 {.num_rows = num_rows,
@@ -376,38 +322,22 @@ __global__ void __launch_bounds__(kScanThreads, kDraws ? (sizeof(T) == 4 ? 2 : 3
     request = find_request(p, row);
     if (request < 0) return;  // a row of nobody
   }
-  if (is_masked || (rule_of(p, request) == CommitRule::kRevise && !row_is_fixed(p, row))) {
+  if (is_masked || is_judged(p, request, row)) {
     RowSlice<T> slice;
     slice.load(static_cast<const T*>(p.logits) + row * p.logits_row_stride, slice_idx, static_cast<int32_t>(p.vocab));
     if (is_masked) request = find_request(p, row);
     if (request < 0) return;  // cu_seqlens does not ascend
-    scan_slice<T, kDraws>(p, sm, slice, row, request, commit_workspace(p).parts + (row * num_slices + slice_idx));
+    const RowQuestion asked = question<kDraws>(p, row, request);
+    const auto put = [&](const SlicePart& part) { p.parts.parts[row * num_slices + slice_idx] = part; };
+    scan_part<T, kDraws, true, false>(sm, slice, static_cast<int32_t>(p.vocab), 0, asked, banned_elements(p, slice, 0),
+                                      put);
     is_last = arrive(p, sm, request, 1, num_slices);
   } else {
     if (slice_idx != 0) return;
     is_last = arrive(p, sm, request, num_slices, num_slices);
   }
-  if (is_last) commit_request(p, sm, request, request_rows(p, request));
-}
-
-// ---- noise ----
-
-constexpr int kNoiseThreads = 256;
-
-// One thread per row and group of 4 ids, which share a Philox block. Traffic: the noise is written once.
-static __global__ void __launch_bounds__(kNoiseThreads)
-    gumbel_noise_kernel(const __grid_constant__ GumbelNoiseParams p) {
-  const int64_t groups = (p.vocab + 3) / 4, item = static_cast<int64_t>(blockIdx.x) * kNoiseThreads + threadIdx.x;
-  if (item >= p.rows * groups) return;
-  const int64_t row = item / groups, group = item % groups;
-  const NoiseKey key = {static_cast<uint64_t>(p.seed[row]), static_cast<uint32_t>(p.positions[row]), p.purpose};
-  const Philox4 words = philox_words(key, static_cast<uint32_t>(group));
-  float* noise = p.noise + row * p.noise_row_stride + 4 * group;
-  const int64_t left = p.vocab - 4 * group;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (i < left) noise[i] = gumbel(words.word[i]);
-  }
+  const auto load = [&](int32_t r, int32_t i) { return load_slice_part(p.parts.parts + r * num_slices + i); };
+  if (is_last) commit_request(p, sm, request, request_rows(p, request), load, num_slices);
 }
 
 }  // namespace nld

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "sampler/kernel.cuh"
+#include "sampler/kernel_noise.cuh"
 
 namespace nld {
 namespace {
@@ -26,9 +27,7 @@ LaunchError commit(const CommitParams& p, void* stream) {
 
 }  // namespace
 
-int64_t commit_workspace_bytes(int64_t rows, int64_t vocab) {
-  return rows * (num_scan_slices(vocab) * static_cast<int64_t>(sizeof(SlicePart)) + 5);
-}
+int64_t commit_slices(int64_t vocab) { return num_scan_slices(vocab); }
 
 LaunchError launch_commit(const CommitParams& p, void* stream) {
   if (p.batch == 0) return nullptr;

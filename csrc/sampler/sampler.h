@@ -4,24 +4,20 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/slice_part.h"
 
 namespace nld {
 
 enum class CommitRule : int32_t { kThreshold = 0, kQuota = 1, kAll = 2, kEntropy = 3, kRevise = 4 };
 constexpr int32_t kNumCommitRules = 5;
 
-// What one slice of a row of logits contributes; slices are merged in order of their ids (see common/row_scan.h).
-struct CommitPart {
-  float best_value;  // largest (tempered, noisy) value of an allowed id
-  int32_t best_id;   // -1: every allowed id is at -inf
-  float max, sum, dot;
-};
-
 struct CommitParams {
   DType dtype;
   int64_t rows, vocab, batch;
   const void* logits;  // [rows, vocab]
   int64_t logits_row_stride;
+  int64_t first_token_id;         // of the logits' columns
+  RowParts parts;                 // between the scan of the logits and the commit; rows not judged: anything
   int64_t* block_tokens;          // [rows], in place
   bool* is_masked;                // [rows], in place
   const int32_t* cu_seqlens;      // [batch + 1]
@@ -45,13 +41,10 @@ struct CommitParams {
   bool* done;                              // [batch]
   bool bans_mask_id;                       // CUDA: no list was given, mask_token_id alone is banned (`banned` null)
   int32_t* tickets;                        // [batch], CUDA: zero, and zero again afterwards
-  void* workspace;                         // CUDA: commit_workspace_bytes()
-  // Workspace of the CPU path.
-  int64_t num_slices;                                     // per row
-  CommitPart* parts;                                      // [rows, num_slices], by place in judged_rows
-  int32_t *judged_rows, *judged_requests, *first_judged;  // [rows], [rows], [batch + 1]
-  float* entropy;                                         // [rows]
-  bool* commits;                                          // [rows]
+  // Workspace.
+  float* entropy;                          // [rows]
+  bool* commits;                           // [rows]
+  int32_t *judged_rows, *judged_requests;  // [rows], CPU
 };
 
 struct GumbelNoiseParams {
@@ -73,7 +66,9 @@ struct SamplerCpu {
 // CUDA: on the given cudaStream_t; null, or why the launch failed.
 const char* launch_commit(const CommitParams&, void* stream);
 const char* launch_gumbel_noise(const GumbelNoiseParams&, void* stream);
-int64_t commit_workspace_bytes(int64_t rows, int64_t vocab);
+const char* launch_commit_scan(const CommitParams&, void* stream);
+const char* launch_commit_parts(const CommitParams&, void* stream);
+int64_t commit_slices(int64_t vocab);  // parts of a row
 // Bytes of logits that commit_ has to read: what its traffic is measured against.
 inline int64_t commit_logits_bytes(int64_t judged_rows, int64_t vocab, int64_t element_size) {
   return judged_rows * vocab * element_size;

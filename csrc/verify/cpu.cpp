@@ -1,5 +1,5 @@
 // CPU code of verification, compiled once per ISA: what a slice of a row says, and the verdict of a row.
-#include "common/row_scan.h"
+#include "common/part_scan.h"
 #include "verify/accept.h"
 #include "verify/verify.h"
 
@@ -104,9 +104,21 @@ void scan_slice(const VerifyParams& p, int64_t request, int64_t row, bool is_las
   part = {best.value, best.id, sums.max, sums.sum};
 }
 
-Best merged_best(const VerifyParams& p, const RowPart* parts) {
+void scan_shard_slice(const VerifyParams& p, int64_t request, int64_t row, int64_t slice) {
+  const int64_t first = p.first_token_id, begin = first + slice * kSliceLen, end = first + slice_end(p, slice);
+  RowQuestion asked;
+  if (verify_mode(p, request) != VerifyMode::kGreedy && draw_scale(p, request) > 0.0f) {
+    asked.scale = draw_scale(p, request);
+    asked.key = noise_key(p, request, row, Purpose::kSample);
+  }
+  with_logits(p, row, 1.0f, [&](const auto& logits) __attribute__((always_inline)) {
+    *part_at(p.shards, row, slice) = scan_part(logits.data, first, begin, end, asked, banned(p));
+  });
+}
+
+Best merged_best(const RowPart* parts, int64_t num_parts) {
   Best best;
-  for (int64_t i = 0; i < num_slices(p); ++i) merge(best, {parts[i].best_value, parts[i].best_id});
+  for (int64_t i = 0; i < num_parts; ++i) merge(best, {parts[i].best_value, parts[i].best_id});
   return best;
 }
 ExpSum merged_sums(const VerifyParams& p, const RowPart* parts) {
@@ -131,14 +143,15 @@ bool keeps_draft(const VerifyParams& p, int64_t request, int64_t row, int64_t dr
   return uniform(philox_word(noise_key(p, request, row, Purpose::kAccept), 0)) * draft_prob < target_prob;
 }
 
-int64_t judge(const VerifyParams& p, int64_t request, int64_t row, bool is_last, const RowPart* parts) {
+int64_t judge(const VerifyParams& p, int64_t request, int64_t row, bool is_last, const RowPart* parts,
+              int64_t num_parts) {
   int64_t target;
   if (weighs_draft(p, request, is_last)) {
     const ExpSum sums = merged_sums(p, parts);
     if (sums.sum > 0.0f) return keeps_draft(p, request, row, p.block_tokens[row + 1], sums) ? kAccepted : kResidual;
     target = -1;
   } else {
-    target = merged_best(p, parts).id;
+    target = merged_best(parts, num_parts).id;
   }
   if (target < 0) target = lowest_allowed(banned(p), p.vocab);
   return !is_last && p.block_tokens[row + 1] == target ? kAccepted : target;
@@ -162,7 +175,7 @@ void residual_slice(const VerifyParams& p, int64_t request, int64_t row, const R
 }
 
 int64_t pick_residual(const VerifyParams& p, int64_t request, int64_t row, const RowPart* residual_parts) {
-  Best best = merged_best(p, residual_parts);
+  Best best = merged_best(residual_parts, num_slices(p));
   if (best.id < 0) {  // nothing left: the draft distribution covers the target everywhere
     with_logits(p, row, draw_scale(p, request), [&](const auto& logits) __attribute__((always_inline)) {
       scan_gumbel(logits, 0, p.vocab, noise_key(p, request, row, Purpose::kResidual), banned(p), best);
@@ -173,6 +186,6 @@ int64_t pick_residual(const VerifyParams& p, int64_t request, int64_t row, const
 
 }  // namespace
 
-extern const VerifyCpu verify_cpu = {kSliceLen, scan_slice, judge, residual_slice, pick_residual};
+extern const VerifyCpu verify_cpu = {kSliceLen, scan_shard_slice, scan_slice, judge, residual_slice, pick_residual};
 
 }  // namespace nld::NLD_ISA

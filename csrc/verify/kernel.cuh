@@ -9,9 +9,10 @@ namespace nld {
 
 // One request, all of whose parts are there: verdicts of 32 rows at a time, eight lanes a row, up to the first that is
 // not kAccepted; then a warp emits. By the whole CTA.
-template <class T, bool kDraws>
-__device__ __forceinline__ void judge_request(const VerifyParams& p, const RowView& any_row, int slices,
-                                              VerifySmem* sm) {
+// `load(row, i)` is part i of num_parts.
+template <class T, bool kDraws, class Load>
+__device__ __forceinline__ void judge_request(const VerifyParams& p, const RowView& any_row, const Load& load,
+                                              int num_parts, VerifySmem* sm) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize), group = static_cast<int>(threadIdx.x) / kVerdictLanes;
   const int in_group = static_cast<int>(threadIdx.x) % kVerdictLanes;
   const int32_t request = any_row.request, begin = any_row.begin, count = any_row.count;
@@ -22,10 +23,9 @@ __device__ __forceinline__ void judge_request(const VerifyParams& p, const RowVi
     view.row = begin + view.index;
     view.is_last = view.index == count - 1;
     const bool exists = view.index < count;
-    const VerifyPart* parts = p.parts + static_cast<int64_t>(view.row) * slices;
+    const auto part_of_row = [&](int i) { return load(view.row, i); };
     const int64_t draft = exists && !view.is_last ? p.block_tokens[view.row + 1] : -1;
-    const Verdict verdict =
-        find_verdict<T, kDraws>(p, view, exists, draft, slices, [&](int i) { return load_part(parts + i); }, sm);
+    const Verdict verdict = find_verdict<T, kDraws>(p, view, exists, draft, num_parts, part_of_row, sm);
     if (in_group == 0) {
       sm->verdicts[group] = verdict.value;
       sm->row_sums[group] = verdict.sums;
@@ -71,7 +71,10 @@ __global__ void __launch_bounds__(kScanThreads, kVerifyCtas<T, kDraws>)
     scan_slice<T, kDraws>(p, view, words, put, sm);
   }
   if (!arrive_last(p.tickets + view.request, 1, slices * view.num_judged(), &sm->is_last)) return;
-  judge_request<T, kDraws>(p, sm->view, slices, sm);
+  const auto load = [&](int32_t of_row, int i) {
+    return load_part(p.parts + (static_cast<int64_t>(of_row) * slices + i));
+  };
+  judge_request<T, kDraws>(p, sm->view, load, slices, sm);
 }
 
 struct ResidualSmem : VerifySmem {

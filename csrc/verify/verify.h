@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/slice_part.h"
 
 namespace nld {
 
@@ -15,6 +16,8 @@ struct VerifyParams {
   int64_t rows, vocab, batch, capacity, num_eos, num_banned;
   const void* logits;        // [rows, vocab], row i predicts the token after row i
   int64_t logits_stride;     // elements from row to row
+  int64_t first_token_id;    // of the logits' columns; 0 but for shards
+  RowParts shards;           // verify_scan: written; verify_parts_: what all shards say
   const float* draft_probs;  // [rows, vocab], row i + 1 judges the draft of row i + 1; null = one-hot drafts
   int64_t draft_probs_stride;
   const int64_t* block_tokens;      // [rows]: seed, drafts
@@ -70,6 +73,8 @@ int verify_cluster_size(const VerifyParams&, int capability);
 // On the given cudaStream_t; null, or why the launch failed.
 const char* launch_verify(const VerifyParams&, void* stream);
 const char* launch_verify_cluster(const VerifyParams&, int cluster, void* stream);
+const char* launch_verify_scan(const VerifyParams&, void* stream);
+const char* launch_verify_parts(const VerifyParams&, void* stream);
 
 // CPU: what one slice of a row's vocabulary says; the parts of a row are merged in order.
 struct RowPart {
@@ -78,12 +83,14 @@ struct RowPart {
   float max, sum;    // softmax sums, for rejection sampling
 };
 
-// CPU steps of verification: all slices of a row, then judge; the slices of a residual, then pick.
+// CPU steps of verification: all slices of a row, then judge; the slices of a residual, then pick. Of a shard: its
+// slices only; judge is then asked about one part, what all shards say together.
 struct VerifyCpu {
   int64_t slice_len;
+  void (*scan_shard_slice)(const VerifyParams&, int64_t request, int64_t row, int64_t slice);
   void (*scan_slice)(const VerifyParams&, int64_t request, int64_t row, bool is_last, int64_t slice, RowPart& part);
-  int64_t (*judge)(const VerifyParams&, int64_t request, int64_t row, bool is_last,
-                   const RowPart* parts);  // the verdict
+  int64_t (*judge)(const VerifyParams&, int64_t request, int64_t row, bool is_last, const RowPart* parts,
+                   int64_t num_parts);  // the verdict
   void (*residual_slice)(const VerifyParams&, int64_t request, int64_t row, const RowPart* parts, int64_t slice,
                          RowPart& part);
   int64_t (*pick_residual)(const VerifyParams&, int64_t request, int64_t row,
