@@ -303,8 +303,17 @@ def bench(check: Check) -> Result:
     return Result("bench", code == 0, summary=last_lines(output), details=details)
 
 
+def products(check: Check) -> Result:
+    """benchmarks/bench_products.py: int4 and fp8 products against dense ones, by rows."""
+    arguments = ["--device", "cuda", "--out", str(check.out / "products.json")]
+    arguments += ["--budget", "0.5"]
+    code, output = check.python("benchmarks/bench_products.py", *arguments, limit_s=300)
+    return Result("products", code == 0, summary=last_lines(output), details={"tables": output})
+
+
 SECTIONS: dict[str, Callable[[Check], Result]] = {
-    f.__name__: f for f in (env, build, runtime, ptx, graphs, tests, decode, sanitizer, bench)
+    f.__name__: f
+    for f in (env, build, runtime, ptx, graphs, tests, decode, sanitizer, bench, products)
 }
 
 

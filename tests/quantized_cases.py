@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -18,17 +17,6 @@ SIDES = {
     "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 64, "num_hidden_layers": 2,
 }  # fmt: skip
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.cuda,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
-        ],
-    ),
-]
 
 
 def logits_of(model: NLDModel, tokens: Tensor, **options: Any) -> Tensor:

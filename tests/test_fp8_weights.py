@@ -1,8 +1,7 @@
-"""fp8 weights: rounding and products, formats against other packages, loading, writing."""
+"""fp8 weights: formats against other packages, loading, writing."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -23,71 +22,10 @@ from nld_cuda import cli
 from nld_cuda.model import ModelConfig, NLDModel, fp8, load_model
 from nld_cuda.model.fp8 import Fp8Matrix
 from nld_cuda.quantize import quantize
-from quantized_cases import DEVICES, SIDES, llama_weights, logits_of, small_llama
+from quantized_cases import SIDES, llama_weights, logits_of, small_llama
 from tiny_model import config_fields, random_lora, random_weights, write_checkpoint
 
 TINY = nld_cuda.api.ASSETS / "nld-tiny"
-CPU = torch.device("cpu")
-ALL_CODES = torch.tensor([i for i in range(256) if i & 0x7F != 0x7F], dtype=torch.uint8)
-
-
-def test_widened_codes_are_exact() -> None:
-    codes = ALL_CODES.view(fp8.DTYPE)
-    assert codes.numel() == 254 and codes.float().abs().max() == fp8.LARGEST
-    assert_equal(fp8.widen(codes).float(), codes.float(), "widened")
-    assert fp8.widen(codes[128:129]).signbit().item() == codes[128:129].float().signbit().item()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dequantised_weights_are_rounded_once(dtype: torch.dtype) -> None:
-    codes = ALL_CODES.view(fp8.DTYPE).repeat(3).view(6, 127)
-    scales = torch.rand(6, 3) / 100
-    target = torch.empty(6, 127, dtype=dtype)
-    fp8.dequantize_into(target, codes, scales, 50)
-    wide = scales.repeat_interleave(50, dim=1)[:, :127]
-    assert_equal(target, (codes.double() * wide.double()).float().to(dtype), "weights")
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rows", [0, 1, 5, 33])
-def test_products(rows: int, device: str) -> None:
-    """Widened, the only errors are those of a sum in bfloat16; scaled, those of rounded rows."""
-    torch.manual_seed(0)
-    weight = torch.randn(48, 512) * torch.logspace(-3, 3, 48)[:, None]
-    codes, scales = fp8.quantize(weight)
-    scales = scales.float()
-    step = weight.abs() / 16 + scales / 512  # half a step of 3 bits, or of a subnormal
-    assert ((codes.float() * scales - weight).abs() <= step * 1.01).all()
-    x = torch.randn(rows, 512).bfloat16()
-    matrix = Fp8Matrix(codes.to(device), scales.to(device))
-    assert matrix.shape == (48, 512) and matrix.numel() == 48 * 512
-    assert matrix.num_bytes == 48 * 512 + 48 * 4
-    exact = x.double() @ (codes.double() * scales.double()).T
-    found = matrix.product(x.to(device)).cpu()
-    sizes = exact.abs() + 1e-3 * weight.double().norm(dim=1)
-    assert found.shape == (rows, 48) and ((found.double() - exact).abs() <= sizes * 2**-7).all()
-    way = fp8.scaled_product(torch.device(device))
-    assert way == "rows" or device == "cuda"
-    for scale in (None, torch.tensor(0.004)):
-        x_codes, x_scales = fp8.round_rows(x, scale)
-        rounded = x_codes.double() * x_scales.double()
-        expected = rounded @ (codes.double() * scales.double()).T
-        if scale is None:
-            assert x_codes.float().abs().amax(dim=1).eq(fp8.LARGEST).all()
-        else:
-            assert (rounded.abs() <= 0.004 * 448 * 1.001).all(), "cut off"
-        sizes = expected.abs() + 1e-3 * weight.double().norm(dim=1)
-        for other in {"tensor", way} if way else ():
-            input_scale = None if scale is None else scale.to(device)
-            scaled = dataclasses.replace(matrix, scaled_product=other, input_scale=input_scale)
-            found = scaled.product(x.to(device)).cpu()
-            assert found.dtype == torch.bfloat16
-            assert ((found.double() - expected).abs() <= sizes * 2**-6).all()
-
-
-def test_rows_of_zeros_are_rounded_to_zeros() -> None:
-    codes, scales = fp8.round_rows(torch.zeros(2, 16, dtype=torch.bfloat16))
-    assert (codes.float() == 0).all() and scales.isfinite().all() and (scales > 0).all()
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -225,6 +163,23 @@ def test_shapes_that_torch_does_not_scale_are_widened(tmp_path: Path) -> None:
     assert relative_error(logits_of(model, tokens), exact) <= 0.03
     half = load_model(folder, "cpu", "float16")
     assert not any(isinstance(w, Fp8Matrix) for w in half.weights())
+
+
+def test_some_matrices_are_dense(tmp_path: Path) -> None:
+    """Parts of a fused matrix that are stored dense make all of it dense; others stay in fp8."""
+    torch.manual_seed(0)
+    folder = write_fp8(tmp_path, compressed_config({"strategy": "channel"}, DYNAMIC))
+    tensors = load_file(folder / "model.safetensors")
+    name = "encoder.layers.0.self_attn.q_proj.weight"
+    del tensors[name + "_scale"]
+    tensors[name] = torch.randn(64, 64).bfloat16()
+    save_file(tensors, folder / "model.safetensors")
+    layer = load_model(folder, "cpu").layers[0]
+    assert isinstance(layer.qkv, Tensor) and isinstance(layer.o, Fp8Matrix)
+    assert_equal(layer.qkv[:64], tensors[name], "q")
+    k = name.replace("q_proj", "k_proj")
+    expected = (tensors[k].float() * tensors[k + "_scale"]).bfloat16()
+    assert_equal(layer.qkv[64:96], expected, "k")
 
 
 def test_wrong_checkpoints(tmp_path: Path) -> None:
@@ -369,6 +324,22 @@ def test_errors(tmp_path: Path, capsys: Any) -> None:
     (folder / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=r"_proj.weight must be floating-point, got float8"):
         quantize(folder, tmp_path / "y", format="fp8")
+
+
+@pytest.mark.parametrize("format", ["int4", "fp8"])
+def test_broken_sources(format: str, tmp_path: Path) -> None:
+    fields = config_fields(**SIDES)
+    weights = random_weights(fields)
+    options: dict[str, Any] = {"format": format, "group_size": 32 if format == "int4" else None}
+    name = "encoder.layers.1.self_attn.v_proj.weight"
+    for value in (torch.inf, -torch.inf, torch.nan):
+        weights[name][3, 7] = value
+        source = write_checkpoint(tmp_path / "a", fields, weights)
+        with pytest.raises(ValueError, match=r"a/model.safetensors: .*v_proj.weight must hold fin"):
+            quantize(source, tmp_path / "b", **options)
+    del weights[name]
+    with pytest.raises(ValueError, match=r"v_proj.weight \(1 matrices are missing\)"):
+        quantize(write_checkpoint(tmp_path / "a", fields, weights), tmp_path / "b", **options)
 
 
 def test_nld_tiny_keeps_its_accuracy(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
-"""4-bit weights: formats against other packages, products, loading, writing."""
+"""4-bit weights: formats against other packages, loading, writing."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from nld_cuda import cli
 from nld_cuda.model import int4, load_model
 from nld_cuda.model.int4 import Int4Matrix
 from nld_cuda.quantize import quantize
-from quantized_cases import DEVICES, SIDES, llama_weights, logits_of, small_llama
+from quantized_cases import SIDES, llama_weights, logits_of, small_llama
 from tiny_model import config_fields, random_lora, random_weights, write_checkpoint
 
 TINY = nld_cuda.api.ASSETS / "nld-tiny"
@@ -64,60 +63,6 @@ def gptq_tensors(name: str, codes: Tensor, scales: Tensor, stored_zero: int) -> 
         f"{base}scales": scales.t().contiguous().half(),
         f"{base}g_idx": torch.arange(inputs, dtype=torch.int32) // (inputs // scales.shape[1]),
     }
-
-
-def check_product(outs: int, rows: int, group_size: int, device: torch.device) -> None:
-    weight = torch.randn(outs, 512)
-    codes, scales = int4.quantize(weight, group_size)
-    matrix = int4.make_matrix(codes, scales, device)
-    dense = int4.dequantize(codes, scales)
-    assert (dense - weight).abs().max() <= scales.float().max() * 1.02, "half a step, clipped: one"
-    x = torch.randn(rows, 512).bfloat16()
-    exact = x.double() @ dense.double().T
-    plain = (x @ dense.bfloat16().T).double() - exact
-    ours = matrix.product(x.to(device)).cpu().double() - exact
-    assert ours.abs().max() <= 2 * plain.abs().max()
-    assert matrix.numel() == weight.numel()
-    assert matrix.num_bytes == weight.numel() // 2 + 4 * scales.numel()
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
-@pytest.mark.parametrize("rows", [1, 5, 33, 300])
-def test_product(group_size: int, rows: int, device: str) -> None:
-    torch.manual_seed(0)
-    check_product(48, rows, group_size, torch.device(device))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("outs", [16, 64, 176])
-def test_product_of_many_rows(outs: int, device: str) -> None:
-    """Expanded slice by slice, but for the outputs past the last whole block."""
-    torch.manual_seed(0)
-    place = torch.device(device)
-    assert int4.packed_block(place) in ((8,) if device == "cuda" else (64, 32))
-    check_product(outs, max(int4.MOST_ROWS_CPU, int4.MOST_ROWS_GPU) + 1, 64, place)
-    matrix = int4.make_matrix(*int4.quantize(torch.randn(outs, 512), 64), place)
-    assert matrix.product(torch.empty(0, 512, device=place).bfloat16()).shape == (0, outs)
-    for begin in range(0, outs - outs % matrix.block, matrix.block):
-        x = torch.eye(512, device=place).bfloat16()
-        packed = matrix.packed_product(x)[:, begin : begin + matrix.block]
-        unpacked = matrix.expanded_product(x)[:, begin : begin + matrix.block]
-        assert_equal(unpacked, packed, "the matrix itself")
-
-
-def test_codes_packed_for_cuda() -> None:
-    """Against the order in torch's CUDA source: lane t, word j of a tile of 8 outputs."""
-    codes = torch.randint(16, (16, 256), generator=torch.Generator().manual_seed(0))
-    words = torch.zeros(2, 2, 32, 4, dtype=torch.int64)
-    for i, tile, lane, j in itertools.product(range(2), range(2), range(32), range(4)):
-        row, first = codes[8 * i + lane // 4], 128 * tile + 32 * j + 2 * (lane % 4)
-        for n, offset in enumerate((0, 8, 16, 24)):
-            even, odd = row[first + offset : first + offset + 2].tolist()
-            words[i, tile, lane, j] |= even << 4 * n | odd << 16 + 4 * n
-    packed = torch.where(words >= 2**31, words - 2**32, words).int()
-    expected = codes.view(2, 8, 256).transpose(1, 2).to(torch.int8)
-    assert_equal(int4.unpack_cuda(packed), expected, "codes")
 
 
 def test_which_matrices_are_multiplied_in_4_bits() -> None:
@@ -175,12 +120,31 @@ def test_gptq_checkpoints(version: str, group_size: int, tmp_path: Path) -> None
     assert relative_error(logits_of(model, tokens), exact) <= 0.1
 
 
+def test_gptq_inputs_out_of_order(tmp_path: Path) -> None:
+    """With act-order the groups of the inputs are stored: those matrices are expanded, exactly."""
+    torch.manual_seed(0)
+    folder = write_gptq(tmp_path, "gptq", changes={"desc_act": True})
+    tensors = load_file(folder / "model.safetensors")
+    base = "encoder.layers.1.mlp.down_proj."
+    groups = tensors[base + "g_idx"] = tensors[base + "g_idx"][torch.randperm(96)]
+    save_file(tensors, folder / "model.safetensors")
+    codes = int4.from_gptq(tensors[base + "qweight"]).float() - 8
+    expected = codes * tensors[base + "scales"].float().t()[:, groups.long()]
+    down = load_model(folder, "cpu", "float32").layers[1].down
+    assert isinstance(down, Tensor)
+    assert_equal(down, expected, "down")
+    model = load_model(folder, "cpu")
+    assert isinstance(model.layers[1].down, Tensor) and isinstance(model.layers[0].down, Int4Matrix)
+    assert_equal(model.layers[1].down, expected.bfloat16(), "rounded once")
+
+
 def test_wrong_gptq_checkpoints(tmp_path: Path) -> None:
     folder = write_gptq(tmp_path, "gptq")
     tensors = load_file(folder / "model.safetensors")
     base = "encoder.layers.0.self_attn.o_proj."
     for name, change, error, message in (
-        ("g_idx", lambda t: t.flip(0), NotImplementedError, "must number the groups in order"),
+        ("g_idx", lambda t: t + 1, ValueError, r"g_idx must hold groups in \[0, 2\), got 1 to 2"),
+        ("scales", lambda t: t / 0, ValueError, "o_proj.scales must hold finite scales"),
         ("qzeros", lambda t: t + 1, NotImplementedError, r"must hold zeros of 8 .sym true., got 9"),
         ("qweight", lambda t: t[1:], ValueError, r"o_proj.qweight \[7, 64\], expected \[8, 64\]"),
         ("scales", lambda t: t.int(), ValueError, "o_proj.scales I32, expected one of F64"),
@@ -195,7 +159,7 @@ def test_wrong_gptq_checkpoints(tmp_path: Path) -> None:
         load_model(folder, "cpu")
     for config, message in (
         ({"bits": 8}, "quantization_config.bits 8 is not supported, only 4"),
-        ({"desc_act": True}, "desc_act true is not supported"),
+        ({"desc_act": 1}, "desc_act must be true or false, got 1"),
         ({"sym": False}, "sym false is not supported"),
         ({"group_size": 0}, "group_size must be an integer >= 1, got 0"),
         ({"group_size": 48}, "group_size 48 must divide a matrix"),

@@ -104,6 +104,8 @@ def quantize(
                 f"({', '.join(map(str, fitting)) or 'none does'}), got {group_size}"
             )
     files = TensorFiles(checkpoint_files(folder), canonical_name)
+    if missing := [name for name in matrices if name not in files]:
+        raise ValueError(f"{folder}: must hold {missing[0]} ({len(missing)} matrices are missing)")
     settings = f"int4 group_size={group_size}" if format == "int4" else format
     mark = f"{settings} head={head} of {folder.resolve()}"
     resumed = _resumed_shards(out, files.files, mark)
@@ -169,10 +171,11 @@ def _stored(
         raise ValueError(
             f"{files.where(name)} must be floating-point, got {str(weight.dtype).split('.')[1]}"
         )
+    codes, scales = to_fp8(weight) if group_size is None else to_int4(weight, group_size)
+    if not bool(scales.isfinite().all()):
+        raise ValueError(f"{files.where(name)} must hold finite weights")
     if group_size is None:
-        codes, scales = to_fp8(weight)
         return {original: codes, f"{original}_scale": scales}
-    codes, scales = to_int4(weight, group_size)
     return {
         f"{original}_packed": pack_words(codes),
         f"{original}_scale": scales,

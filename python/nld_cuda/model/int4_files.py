@@ -69,8 +69,12 @@ class Int4Files:
     ) -> Int4Matrix | None:
         """One matrix of all that `pieces` names, one below the other; None: torch has no product.
 
+        It has none for inputs that are not grouped in order (GPTQ's act-order).
+
         Raises: as `read`.
         """
+        if not all(self._is_in_order(name, piece.shape) for name, piece in pieces.items()):
+            return None
         first = next(iter(pieces.values()))
         rows = sum(piece.size[0] for piece in pieces.values())
         # Holds for no piece that begins inside of a group: it has no whole number of them.
@@ -96,11 +100,11 @@ class Int4Files:
         return codes[rows, columns], scales[rows, groups]
 
     def read(self, name: str, shape: Shape) -> tuple[Tensor, Tensor]:
-        """Codes `[out, in]` uint8 and scales `[out, groups]` as stored.
+        """Codes `[out, in]` uint8 and scales `[out, groups]`, `[out, in]` for inputs out of order.
 
         Raises:
-            ValueError: another shape is recorded, or the matrix is not what its config says.
-            NotImplementedError: it has zeros other than 8, or reordered inputs (act-order).
+            ValueError: another shape is recorded, or a scale or group that cannot be.
+            NotImplementedError: it has zeros other than 8.
         """
         out, inputs = shape
 
@@ -115,20 +119,37 @@ class Int4Files:
                     f"{list(shape)}, got {list(recorded)}"
                 )
             codes = int4.from_compressed_tensors(tensor("weight_packed"), inputs)
-            return codes, tensor("weight_scale")
-        order = torch.arange(inputs) // self.group_size(shape)
-        if not torch.equal(tensor("g_idx").long(), order):
-            raise NotImplementedError(
-                f"{self._files.where(self._stored(name, 'g_idx'))} must number the groups in order "
-                "(desc_act false): inputs reordered by activation are not supported"
-            )
+            return codes, self._finite(self._stored(name, "weight_scale"))
         zeros = int4.gptq_zeros(tensor("qzeros"), out, self._config.format == "gptq_v2")
         if not bool((zeros == int4.ZERO).all()):
             raise NotImplementedError(
                 f"{self._files.where(self._stored(name, 'qzeros'))} must hold zeros of {int4.ZERO} "
                 f"(sym true), got {int(zeros[zeros != int4.ZERO][0])}"
             )
-        return int4.from_gptq(tensor("qweight")), tensor("scales").t().contiguous()
+        codes = int4.from_gptq(tensor("qweight"))
+        scales = self._finite(self._stored(name, "scales")).t().contiguous()
+        if self._is_in_order(name, shape):
+            return codes, scales
+        groups = tensor("g_idx").long()
+        if bool(((groups < 0) | (groups >= scales.shape[1])).any()):
+            raise ValueError(
+                f"{self._files.where(self._stored(name, 'g_idx'))} must hold groups in [0, "
+                f"{scales.shape[1]}), got {int(groups.min())} to {int(groups.max())}"
+            )
+        return codes, scales[:, groups]
+
+    def _is_in_order(self, name: str, shape: Shape) -> bool:
+        """Whether inputs that share a scale follow each other."""
+        if not self._is_gptq:
+            return True
+        order = torch.arange(shape[1]) // self.group_size(shape)
+        return torch.equal(self._files.read(self._stored(name, "g_idx")).long(), order)
+
+    def _finite(self, name: str) -> Tensor:
+        scales = self._files.read(name)
+        if not bool(scales.isfinite().all()):
+            raise ValueError(f"{self._files.where(name)} must hold finite scales")
+        return scales
 
     @staticmethod
     def _stored(name: str, suffix: str) -> str:

@@ -43,6 +43,7 @@ class Fp8Config:
 
 def read_quantization(read: Fields) -> Int4Config | Fp8Config | None:
     """Accept the formats we read; refuse what would be computed otherwise, by the field's name."""
+    read.supported("compression_config", (None,))  # what it was called once
     fields = read.object("quantization_config")
     if fields is None:
         return None
@@ -58,7 +59,7 @@ def read_quantization(read: Fields) -> Int4Config | Fp8Config | None:
 def _gptq(fields: Fields) -> Int4Config:
     fields.supported("bits", (4,), required=True)
     fields.supported("sym", (True,))
-    fields.supported("desc_act", (False,))
+    fields.flag("desc_act", default=False)
     fields.supported("checkpoint_format", ("gptq", "gptq_v2"))
     return Int4Config(fields.get("checkpoint_format", "gptq"), _group_size(fields))
 
