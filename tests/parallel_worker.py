@@ -19,7 +19,9 @@ import torch
 import nld_cuda
 from bench_load import config_of, load_here, write_random
 from decode_cases import END_THINK, EOS, prompt, write_tiny
+from nld_cuda.decode.kv_cache import KVCache
 from nld_cuda.decode.stats import DecodeStats
+from nld_cuda.quantize import quantize
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -63,6 +65,9 @@ Load = Callable[..., nld_cuda.NLDModel]
 def write_checkpoints(folder: Path) -> None:
     for name, changes in CHECKPOINTS.items():
         write_tiny(folder / name, **changes)
+    write_tiny(folder / "dense", vocab=64, hidden_size=64, intermediate_size=128)
+    quantize(folder / "dense", folder / "int4", group_size=32)
+    quantize(folder / "dense", folder / "fp8", format="fp8", head=True)
     fields = config_of("3B", layers=1, vocab=1000)
     fields |= {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
     write_random(folder / "large", fields)
@@ -93,6 +98,34 @@ def decode_everything(folder: Path, load: Load) -> dict[str, Any]:
         shown = [[e.kind, e.final_tokens, [t.token for t in e.provisional]] for e in events]
         found[f"session-{mode}"] = [result.tokens, shown, session.num_reused]
         text = [*text, *result.tokens[0], 11]
+    return found
+
+
+LOGITS = [
+    ("wide", {"dtype": "float32"}),
+    ("wide", {"dtype": "bfloat16"}),
+    ("wide", {"dtype": "float16", "lora": None}),
+    ("int4", {}),
+    ("int4", {"dtype": "float32"}),
+    ("fp8", {}),
+    ("fp8", {"dtype": "float32"}),
+]
+
+
+def all_logits(folder: Path, load: Load) -> dict[str, Any]:
+    """Logits of a prompt, with the adapter where there is one; and what `o_proj` is stored as."""
+    found: dict[str, Any] = {}
+    for checkpoint, options in LOGITS:
+        model = load(folder / checkpoint, device="cpu", **options)
+        cache = KVCache.of(model, 1, 16)
+        tokens, places = torch.tensor(prompt(9, 61)), torch.arange(9, dtype=torch.int32)
+        logits = model.forward(
+            tokens, places, places, cache, cache.allocate(1, 9), torch.tensor([9]).int(),
+            torch.tensor([0, 9]).int(), torch.tensor([1]).int(), use_lora=model.has_lora,
+        )  # fmt: skip
+        logits = logits if model.shard is None else model.shard.whole_logits(logits)
+        name = "-".join([checkpoint, str(model.dtype)])
+        found[name] = [logits[:, ::7].tolist(), type(model.layers[0].o).__name__]
     return found
 
 
@@ -135,7 +168,8 @@ def main() -> None:
     # Before freed memory could serve a second time.
     memory = load_here(folder / "large", "cpu", "float32", process_group=group)
     found = {"memory": memory}
-    found |= decode_everything(folder, partial(nld_cuda.load, process_group=group))
+    load = partial(nld_cuda.load, process_group=group)
+    found |= {"decoded": decode_everything(folder, load), "logits": all_logits(folder, load)}
     found |= only_in_parallel(folder, group)
     name = f"rank{torch.distributed.get_rank(group)}.json"
     (folder / name).write_text(json.dumps(found))

@@ -16,6 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs/how-to").glob("*.md"))
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
+# torchrun chooses a free port only if told so
+COMMANDS = {
+    "nld": "-m nld_cuda", "python": "", "torchrun": "-m torch.distributed.run --standalone",
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_page(page: Path, tmp_path: Path) -> None:

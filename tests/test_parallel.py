@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -15,10 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 import nld_cuda
+from nld_cuda import cli
 from nld_cuda.model import ModelConfig
 from nld_cuda.model.checkpoint import _pieces
+from nld_cuda.parallel.command import Team
+from nld_cuda.parallel.group import local_device
 from nld_cuda.parallel.shard import SLICE_IDS, Shard, vocab_borders
-from parallel_worker import CASES, decode_everything, write_checkpoints
+from parallel_worker import CASES, LOGITS, all_logits, decode_everything, write_checkpoints
 from tiny_model import config_fields
 
 TESTS = Path(__file__).resolve().parent
@@ -56,22 +60,38 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
-    found = decode_everything(folder, nld_cuda.load)
+    load = nld_cuda.load
+    found = {"decoded": decode_everything(folder, load), "logits": all_logits(folder, load)}
     return dict(json.loads(json.dumps(found)))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_decode_as_one(name: str, alone: dict, ranks: list[dict]) -> None:
-    assert alone[name] == ranks[0][name] == ranks[1][name]
-    assert any(len(tokens) > 3 for tokens in alone[name][0])
+    one, *two = (found["decoded"][name] for found in (alone, *ranks))
+    assert [one, one] == two
+    assert any(len(tokens) > 3 for tokens in one[0])
 
 
 def test_sessions_and_streams(alone: dict, ranks: list[dict]) -> None:
-    names = [name for name in alone if name.startswith("session-")]
+    one, *two = (found["decoded"] for found in (alone, *ranks))
+    names = [name for name in one if name.startswith("session-")]
     assert len(names) == 4
     for name in names:
-        assert alone[name] == ranks[0][name] == ranks[1][name]
-    assert alone[names[-1]][-1] > 20, "tokens that were cached"
+        assert [one[name], one[name]] == [found[name] for found in two]
+    assert one[names[-1]][-1] > 20, "tokens that were cached"
+
+
+def test_logits_of_every_dtype(alone: dict, ranks: list[dict]) -> None:
+    """Sums of two halves are rounded otherwise; quantised weights stay as they are stored."""
+    assert len(alone["logits"]) == len(LOGITS)
+    for name, (expected, kind) in alone["logits"].items():
+        for found in ranks:
+            logits, stored_as = found["logits"][name]
+            assert stored_as == kind
+            error = torch.tensor(logits) - torch.tensor(expected)
+            bound = {"float32": 1e-5, "bfloat16": 0.02, "float16": 0.003}[name.split(".")[1]]
+            assert float(error.norm() / torch.tensor(expected).norm()) < bound, name
+        assert ranks[0]["logits"][name] == ranks[1]["logits"][name]
 
 
 def test_seeds_that_are_drawn_are_those_of_rank_0(ranks: list[dict]) -> None:
@@ -113,6 +133,83 @@ def test_errors_on_one_rank_end_all(
 ) -> None:
     assert [r[name][0] for r in ranks] == kinds
     assert all(message in r[name][1] for r in ranks)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}=>\n"
+FAILING = """
+import os, sys
+from nld_cuda import cli
+from nld_cuda.decode.run import Run
+if os.environ["RANK"] == "1":
+    def advance(self): raise RuntimeError("rank 1 is out of memory")
+    Run.advance = advance
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def divisible(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """nld-tiny with 6 key heads, as the page about it makes it."""
+    page = (TESTS.parent / "docs/how-to/tensor-parallel.md").read_text()
+    script = page.split("<<'EOF'\n")[1].split("EOF\n")[0]
+    folder: Path = tmp_path_factory.mktemp("divisible")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["-", str(folder / "nld-tiny-6")])
+        exec(script, {})
+    (folder / "chat.jinja").write_text(CHAT)
+    return folder
+
+
+def test_chat_under_torchrun(divisible: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Rank 0 reads and prints for all; a setting that it reads changes every rank."""
+    argv = ["chat", "--model", str(divisible / "nld-tiny-6"), "--max-new-tokens", "24"]
+    argv += ["--template", str(divisible / "chat.jinja"), "--mode", "ar"]
+    turns = "add 17+25\n/mode diffusion\n/stats on\nadd 1+2\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(turns))
+    with pytest.raises(SystemExit):
+        cli.main(argv)
+    out, err = capsys.readouterr()
+    done = torchrun("-m", "nld_cuda", *argv, input=turns)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == out and len(out) > 20
+    one, two = (text.count("diffusion: ") for text in (err, done.stderr))
+    assert one == two == 1
+
+
+def test_one_failing_rank_ends_the_command_with_one_message(
+    divisible: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / "failing.py"
+    program.write_text(FAILING)
+    done = torchrun(program, "generate", "add 17+25\n=>\n", "--model", divisible / "nld-tiny-6")
+    assert done.returncode != 0
+    assert done.stderr.count("nld: error: ") == 1
+    assert "nld: error: rank 1 is out of memory\n" in done.stderr
+
+
+def test_commands_of_one_process(monkeypatch: Any) -> None:
+    team = object.__new__(Team)
+    team.num_ranks = 2
+    team.check("generate")
+    with pytest.raises(ValueError, match="quantize must run in one process, got 2"):
+        team.check("quantize")
+
+
+# ---- division ------------------------------------------------------------------------------------
+
+
+def test_a_gpu_for_each_process(monkeypatch: Any) -> None:
+    chosen: list[int] = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 7)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert local_device(None) == torch.device("cuda:3") and chosen == [3]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(ValueError, match=r"device must be one GPU per process, cuda:3 .* finds 3"):
+        local_device(None)
 
 
 def test_vocabulary_borders() -> None:

@@ -304,6 +304,7 @@ def load_model(args: argparse.Namespace) -> Any:
             products=args.products,
             lora=args.lora,
             progress=progress,
+            process_group=args.process_group,
         )
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -484,29 +485,56 @@ def run_info(args: argparse.Namespace) -> int:
     return 0
 
 
-def fail(message: str, code: int) -> NoReturn:
+def fail(message: str, code: int, team: Any = None) -> NoReturn:
     """Print one line and leave."""
-    print(f"nld: error: {' '.join(message.split())}", file=sys.stderr)
+    line = f"nld: error: {' '.join(message.split())}"
+    if team is None:
+        print(line, file=sys.stderr)
+    else:
+        team.report(line)
     sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    from nld_cuda.parallel.group import was_launched
+
+    if not was_launched():
+        run_command(argv)
+    from nld_cuda.parallel.command import Team
+
+    team = Team()
+    try:
+        run_command(argv, team)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        team.leave(int(stop.code))
+
+
+def run_command(argv: Sequence[str] | None, team: Any = None) -> NoReturn:
+    """Run the command and exit; `team`: the processes that torchrun started, this one among them.
+
+    Each of them parses the same arguments and does the same.
+    """
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and args.command != "bench":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
+    args.process_group = None if team is None else team.group
     try:
+        if team is not None:
+            team.check(args.command)
         sys.exit(args.run(args))
     except (ValueError, TypeError, NotImplementedError, OSError, ImportError) as error:
         if isinstance(error, BrokenPipeError):
             # The reader of our output has gone; there is nobody left to tell.
             sys.stderr.close()
             sys.exit(0)
-        fail(str(error), 2)
+        fail(str(error), 2, team)
     except RuntimeError as error:
-        fail(str(error), 1)
+        fail(str(error), 1, team)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)

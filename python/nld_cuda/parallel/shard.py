@@ -94,6 +94,11 @@ class Shard:
         return self.borders[self.rank]
 
     @property
+    def num_parts(self) -> int:
+        """Parts in which every rank tells of its logits: as many as the longest shard needs."""
+        return max(-(-(end - begin) // SLICE_IDS) for begin, end in pairwise(self.borders))
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Sizes of this rank's part, by the names in the table of `checkpoint`."""
         config = self.config
