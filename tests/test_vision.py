@@ -20,6 +20,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 import nld_cuda
 from model_session import Session, causal, relative_error
 from nld_cuda import NLDModel
+from nld_cuda.model.checkpoint import canonical_name
 from nld_cuda.model.images import MEAN, STD, ImageProcessor
 from nld_cuda.model.vision_config import VisionConfig
 from nld_cuda.ops import MaskMode
@@ -78,7 +79,7 @@ CASES = {
         "multimodal_projector_bias": True, "projector_hidden_act": "silu",
         "vision_config": {
             "hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 3, "patch_size": 8,
-            "hidden_act": "silu", "rope_parameters": {"rope_type": "axial", "rope_theta": 500.0},
+            "hidden_act": "silu", "rope_theta": 500.0,
         },
     },
     "heads_as_published": {  # hidden = heads * head_dim = 4 * tower, tower heads of half the size
@@ -450,6 +451,29 @@ def test_damaged_pictures_and_settings(tmp_path: Path) -> None:
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("encoder.", "encoder.vision_tower.", "diffusion_head."),
+        ("language_model.model.", "vision_tower.", "language_model.lm_head."),
+        ("model.language_model.", "model.vision_tower.", "lm_head."),  # in memory
+        ("model.language_model.model.", "model.vision_tower.", "lm_head."),  # transformers 5.4
+    ],
+    ids=lambda layout: layout[0],
+)
+def test_tensor_names(layout: tuple[str, str, str]) -> None:
+    text, tower, head = layout
+    projector = tower.replace("vision_tower", "multi_modal_projector")
+    names = {
+        f"{text}layers.3.mlp.up_proj.weight": "encoder.layers.3.mlp.up_proj.weight",
+        f"{text}norm.weight": "encoder.norm.weight",
+        f"{tower}ln_pre.weight": "encoder.vision_tower.ln_pre.weight",
+        f"{projector}linear_1.weight": "encoder.multi_modal_projector.linear_1.weight",
+        f"{head}weight": "diffusion_head.weight",
+    }
+    assert {name: canonical_name(name) for name in names} == names
+
+
 def test_wrong_vision_tensors_are_listed(tmp_path: Path) -> None:
     fields = vision_fields()
     weights = vision_weights(fields)
@@ -494,6 +518,19 @@ def test_wrong_configs(changes: dict[str, Any], message: str) -> None:
         changes["vision_config"] = fields["vision_config"] | changes["vision_config"]
     with pytest.raises((ValueError, NotImplementedError), match=message):
         nld_cuda.model.ModelConfig.from_dict(fields | changes)
+
+
+def test_text_fields_in_an_object_of_their_own() -> None:
+    """As transformers nests them; what stands beside the object comes first."""
+    flat = vision_fields(tie_word_embeddings=True)
+    beside = ("model_type", "vision_config", "image_token_index", "spatial_merge_size")
+    inner = {name: value for name, value in flat.items() if name not in beside}
+    text = inner | {"model_type": "nemotron_labs_diffusion", "tie_word_embeddings": False}
+    outer = {name: flat[name] for name in beside} | {"tie_word_embeddings": True}
+    read = nld_cuda.model.ModelConfig.from_dict
+    assert read(outer | {"text_config": text}) == read(flat)
+    with pytest.raises(ValueError, match=r"text_config.hidden_size must be an integer >= 1"):
+        read(outer | {"text_config": text | {"hidden_size": 0}})
 
 
 def test_without_transformers_or_pillow(

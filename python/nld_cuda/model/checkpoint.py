@@ -61,6 +61,7 @@ RENAMED_PREFIXES = (
     ("language_model.", ""),
     ("model.", "encoder."),
     ("lm_head.", "diffusion_head."),
+    ("encoder.language_model.model.", "encoder."),
     ("encoder.language_model.", "encoder."),
     ("vision_tower.", "encoder.vision_tower."),
     ("multi_modal_projector.", "encoder.multi_modal_projector."),

@@ -95,7 +95,7 @@ class VisionEncoder:
         except ImportError as error:
             raise missing_extra("pictures", error) from error
         vision, text = self.config, self._model_config
-        tower_config = PixtralVisionConfig(
+        tower_config: Any = PixtralVisionConfig(
             hidden_size=vision.hidden_size,
             intermediate_size=vision.intermediate_size,
             num_hidden_layers=vision.num_layers,
@@ -104,8 +104,9 @@ class VisionEncoder:
             image_size=vision.image_size,
             patch_size=vision.patch_size,
             hidden_act=vision.hidden_act,
-            rope_parameters={"rope_type": "axial", "rope_theta": vision.rope_theta},
         )
+        # By itself, as versions of transformers give its kind of rope different names.
+        tower_config.rope_parameters["rope_theta"] = vision.rope_theta
         # Of the text the projector needs these two.
         text_config = MistralConfig(hidden_size=text.hidden_size, rms_norm_eps=text.rms_norm_eps)
         config = Mistral3Config(
