@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from nld_cuda.model import ModelConfig
+from nld_cuda.model.config import RopeConfig
 from tiny_model import YARN, config_fields
 
 
@@ -61,7 +63,8 @@ def test_config_spellings() -> None:
     both = config_fields(rope_scaling=YARN | {"type": "yarn"}, rope_theta=1e6)
     assert ModelConfig.from_dict(both).rope == config.rope
     assert ModelConfig.from_dict(config_fields(eos_token_id=None)).eos_token_ids == ()
-    assert ModelConfig.from_dict(config_fields(rope_parameters=None)).rope.kind == "default"
+    llama = config_fields(rope_parameters=None, model_type="llama")
+    assert ModelConfig.from_dict(llama).rope == RopeConfig("default", 10000.0, 16)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +99,27 @@ def test_config_spellings() -> None:
             r"rope_scaling.factor must agree with rope_parameters \(16.0\), got 2.0",
         ),
         ({"rope_parameters": 3}, "rope_parameters must be an object, got 3"),
+        ({"rope_parameters": None}, "rope_parameters.rope_theta must be given"),
+        (
+            {"rope_parameters": {k: v for k, v in YARN.items() if k != "rope_type"}},
+            "rope_parameters.rope_type must be given",
+        ),
+        (
+            {"rope_parameters": YARN | {"rope_theta": math.inf}},
+            r"rope_theta must be 0 or of a magnitude in \[1e-30, 1e\+30\], got inf",
+        ),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps must be 0 or of a magnitude .*, got nan"),
+        ({"rope_parameters": YARN | {"mscale": -1}}, "rope_parameters.mscale must be >= 0, got -1"),
+        (
+            {"num_hidden_layers": 2**40},
+            "num_hidden_layers must be at most 10000, got 1099511627776",
+        ),
+        ({"hidden_size": 2**31}, "hidden_size must be at most 2147483647, got 2147483648"),
+        ({"block_size": 4097}, "block_size must be at most 4096, got 4097"),
+        (
+            {"dtype": "float16"},
+            r"dtype must agree with torch_dtype \(torch.float32\), got 'float16'",
+        ),
         (
             {"head_dim": 15},
             r"partial_rotary_factor must give an even number .* of head_dim 15, got 1.0",

@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nld_cuda.decode.text import Tokenizer
 from nld_cuda.decode.tokenizer_files import special_tokens
-from nld_cuda.model.json_files import read_json_object, read_text
+from nld_cuda.model.json_files import has_file, read_json_object, read_text
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
@@ -84,10 +84,10 @@ class ChatTemplate:
         folder = Path(folder)
         special = special_tokens(folder) if tokenizer is None else tokenizer.special_tokens
         file = folder / "chat_template.jinja"
-        if file.is_file():
+        if has_file(file):
             return cls(read_text(file), special, str(file))
         for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
-            found = read_json_object(file).get("chat_template") if file.is_file() else None
+            found = read_json_object(file).get("chat_template") if has_file(file) else None
             if found is not None:
                 return cls(_default_template(file, found), special, f"{file}: chat_template")
         if tokenizer is None:

@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
-from nld_cuda.model.json_files import read_json_object
+from nld_cuda.model.json_files import has_file, read_json_object
 
 INSTALL = "pip install 'nld-cuda[hf]'"  # transformers and what it converts other files with
 _SENTENCEPIECE, _TEKKEN, _VOCABULARY = "tokenizer.model", "tekken.json", "vocab.json"
@@ -49,16 +49,17 @@ def read_tokenizer(folder: Path) -> TokenizerFiles | None:
         ValueError: a file is damaged, or its package is not installed.
     """
     file = folder / "tokenizer.json"
-    if file.is_file():
+    if has_file(file):
         with _no_other_errors(file, "a tokenizer in JSON form"):
             backend = Backend.from_file(str(file))
             backend.no_truncation()
             backend.no_padding()
+            backend.encode("a")  # some faults of a file show only now
         return TokenizerFiles(backend, _add_named_tokens(backend, folder))
-    if (folder / _TEKKEN).is_file():
+    if has_file(folder / _TEKKEN):
         return _from_tekken(folder / _TEKKEN)
     for name in (_SENTENCEPIECE, _VOCABULARY):
-        if (folder / name).is_file():
+        if has_file(folder / name):
             return _from_auto_tokenizer(folder / name)
     return None
 
@@ -220,7 +221,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _json_object(file: Path) -> dict[str, Any]:
     """What a file holds; nothing where there is none."""
-    return read_json_object(file) if file.is_file() else {}
+    return read_json_object(file) if has_file(file) else {}
 
 
 def _mapping(file: Path, fields: Mapping[str, Any], name: str) -> dict[str, Any]:

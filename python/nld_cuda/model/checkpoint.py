@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -367,6 +368,8 @@ def _adapter_folder(folder: Path, lora: str | Path | None) -> Path | None:
         return None
     if lora == "auto":
         found = folder / ADAPTER_FOLDER
+        if not found.is_dir() and os.path.lexists(found):
+            raise FileNotFoundError(f"{found}: must be an adapter folder, found something else")
         return found if found.is_dir() else None
     if not Path(lora).is_dir():
         raise FileNotFoundError(f"load: lora must be auto, None or an adapter folder, got {lora}")

@@ -20,6 +20,7 @@ TRI_MODE_TYPES = ("nemotron_labs_diffusion", TRI_MODE_VISION_TYPE)
 CAUSAL_TYPES = ("ministral3", "mistral", "llama")
 # With a vision tower; the fields of the text are in an object of their own or among the rest.
 CAUSAL_VISION_TYPE = "mistral3"
+MOST_LAYERS = 10_000  # no file holds the tensors of more
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -164,7 +165,7 @@ class ModelConfig:
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=read.count("intermediate_size"),
-            num_layers=read.count("num_hidden_layers"),
+            num_layers=read.count("num_hidden_layers", most=MOST_LAYERS),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
@@ -176,7 +177,7 @@ class ModelConfig:
             bos_token_id=read.token("bos_token_id", vocab_size),
             pad_token_id=read.token("pad_token_id", vocab_size),
             eos_token_ids=_eos_token_ids(read, vocab_size),
-            block_size=read.count("block_size", default=32),
+            block_size=read.count("block_size", default=min(32, max_positions), most=max_positions),
             rope=_rope(read, head_dim, max_positions),
             quantization=read_quantization(read),
             vision=read_vision_config(outer, vocab_size, is_tri_mode) if has_vision else None,
@@ -197,13 +198,18 @@ def _text_fields(outer: Fields) -> Fields:
 
 
 def _dtype(read: Fields) -> torch.dtype | None:
+    found = None
     for name in ("torch_dtype", "dtype"):  # the second is the newer spelling
         value = read.get(name)
-        if value is not None:
-            if not isinstance(value, str) or value.removeprefix("torch.") not in DTYPES:
-                read.fail(name, f"be one of {', '.join(DTYPES)}", value)
-            return DTYPES[value.removeprefix("torch.")]
-    return None
+        if value is None:
+            continue
+        if not isinstance(value, str) or value.removeprefix("torch.") not in DTYPES:
+            read.fail(name, f"be one of {', '.join(DTYPES)}", value)
+        named = DTYPES[value.removeprefix("torch.")]
+        if found not in (None, named):
+            read.fail(name, f"agree with torch_dtype ({found})", value)
+        found = named
+    return found
 
 
 def _eos_token_ids(read: Fields, vocab_size: int) -> tuple[int, ...]:
@@ -234,8 +240,9 @@ def _rope(read: Fields, head_dim: int, max_positions: int) -> RopeConfig:
             read.fail(key, f"agree with rope_parameters ({merged[key]!r})", value)
     rope = Fields(merged, read.source, "rope_parameters.")
     rope.supported("rope_type", ROPE_TYPES)
-    kind = rope.get("rope_type", "default")
-    rotary_dim = int(head_dim * rope.number("partial_rotary_factor", default=1.0, minimum=0.0))
+    kind = rope.required("rope_type", None if "factor" in merged else "default")
+    rotary_part = rope.number("partial_rotary_factor", default=1.0, minimum=0.0)
+    rotary_dim = int(head_dim * rotary_part) if rotary_part <= 1 else head_dim + 1
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         rule = f"give an even number of rotated elements in [2, {head_dim}] of head_dim {head_dim}"
         rope.fail("partial_rotary_factor", rule, merged.get("partial_rotary_factor", 1.0))
@@ -243,13 +250,15 @@ def _rope(read: Fields, head_dim: int, max_positions: int) -> RopeConfig:
     high_freq_factor = rope.number("high_freq_factor", default=4.0, minimum=0.0)
     if high_freq_factor <= low_freq_factor:
         rope.fail("high_freq_factor", f"be > low_freq_factor {low_freq_factor}", high_freq_factor)
-    beta = rope.number("llama_4_scaling_beta", default=0.0)
+    beta = rope.optional_number("llama_4_scaling_beta") or 0.0
+    # Of these families alone the default of older files is known to be the same everywhere.
+    default_theta = 10000.0 if read.get("model_type") in ("mistral", "llama") else None
     original_len = rope.get("original_max_position_embeddings")
     if original_len is None and (kind in ("yarn", "llama3") or beta):
         original_len = max_positions
     return RopeConfig(
         kind=kind,
-        theta=rope.number("rope_theta", default=10000.0, minimum=1.0),
+        theta=rope.number("rope_theta", default=default_theta, minimum=1.0),
         rotary_dim=rotary_dim,
         factor=1.0 if kind == "default" else rope.number("factor", minimum=0.0),
         original_len=0 if original_len is None else rope.count(

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+LEAST, MOST = 1e-30, 1e30  # magnitudes beyond are damage; float32 ends at 1e-38 and 3e38
+
 
 class Fields:
     """Typed access to a JSON object, with errors that name file, field, rule and value."""
@@ -14,7 +16,7 @@ class Fields:
         self.values, self.source, self.prefix = values, source, prefix
 
     def fail(self, name: str, rule: str, value: Any) -> NoReturn:
-        raise ValueError(f"{self.source}: {self.prefix}{name} must {rule}, got {value!r}")
+        raise ValueError(f"{self.source}: {self.prefix}{name} must {rule}, got {value!r:.300}")
 
     def get(self, name: str, default: Any = None) -> Any:
         """Value of a field; null counts as absent."""
@@ -27,24 +29,32 @@ class Fields:
             raise ValueError(f"{self.source}: {self.prefix}{name} must be given, it is missing")
         return value
 
-    def count(self, name: str, default: int | None = None) -> int:
+    def count(self, name: str, default: int | None = None, most: int = 2**31 - 1) -> int:
         value = self.required(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             self.fail(name, "be an integer >= 1", value)
+        if value > most:
+            self.fail(name, f"be at most {most}", value)
         return int(value)
 
     def number(
         self, name: str, default: float | None = None, minimum: float | None = None
     ) -> float:
         value = self.required(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
+        if not isinstance(value, int | float) or isinstance(value, bool):
             self.fail(name, "be a number", value)
+        if value != 0 and not LEAST <= abs(value) <= MOST:  # NaN too
+            self.fail(name, f"be 0 or of a magnitude in [{LEAST:g}, {MOST:g}]", value)
         if minimum is not None and value <= minimum:
             self.fail(name, f"be > {minimum:g}", value)
         return float(value)
 
     def optional_number(self, name: str) -> float | None:
-        return None if self.get(name) is None else self.number(name)
+        """A number >= 0, None where it is absent."""
+        value = None if self.get(name) is None else self.number(name)
+        if value is not None and value < 0:
+            self.fail(name, "be >= 0", value)
+        return value
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name, default)
@@ -74,6 +84,6 @@ class Fields:
         if value is not None and value not in values:
             known = " or ".join("absent" if v is None else json.dumps(v) for v in values)
             raise NotImplementedError(
-                f"{self.source}: {self.prefix}{name} {json.dumps(value)} is not supported, "
+                f"{self.source}: {self.prefix}{name} {json.dumps(value):.300} is not supported, "
                 f"only {known}"
             )

@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+
+def has_file(file: Path) -> bool:
+    """Whether a folder has this file.
+
+    Raises:
+        FileNotFoundError: there is something of that name, but no file: a folder, a link to
+            nothing (what an interrupted download leaves), a device.
+    """
+    if file.is_file():
+        return True
+    if os.path.lexists(file):
+        raise FileNotFoundError(f"{file}: must be a file, found something else")
+    return False
 
 
 def read_text(file: Path) -> str:
@@ -14,6 +29,8 @@ def read_text(file: Path) -> str:
         FileNotFoundError: there is no such file.
         ValueError: it is not UTF-8.
     """
+    if not has_file(file):
+        raise FileNotFoundError(f"{file}: must be there, found no such file")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

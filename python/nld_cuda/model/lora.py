@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from nld_cuda.model.config import ModelConfig
-from nld_cuda.model.json_files import read_json_object
+from nld_cuda.model.fields import Fields
+from nld_cuda.model.json_files import has_file, read_json_object
 from nld_cuda.model.linear import Lora
 from nld_cuda.model.tensor_files import Piece, TensorFiles
 from nld_cuda.parallel.shard import Shard
@@ -57,7 +58,7 @@ def load_lora(
     """
     rank, scale = _read_config(folder / _CONFIG_NAME)
     weights = folder / _WEIGHTS_NAME
-    if not weights.is_file():
+    if not has_file(weights):
         raise FileNotFoundError(f"{folder}: must hold {_WEIGHTS_NAME}, found none")
     files = TensorFiles([weights], _canonical_key)
     shapes = {"A": (rank, config.q_size), "B": (config.hidden_size, rank)}
@@ -84,7 +85,7 @@ def _canonical_key(name: str) -> str:
 
 def _read_config(file: Path) -> tuple[int, float]:
     """Return rank and scale."""
-    if not file.is_file():
+    if not has_file(file):
         raise FileNotFoundError(f"{file.parent}: must hold {file.name}, found none")
     fields = read_json_object(file)
     for name, values in _FIXED_FIELDS:
@@ -93,9 +94,7 @@ def _read_config(file: Path) -> tuple[int, float]:
                 f"{file}: {name} {json.dumps(fields.get(name))} is not supported, only "
                 + " or ".join("absent" if value is None else json.dumps(value) for value in values)
             )
-    rank, alpha = fields.get("r"), fields.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"{file}: r must be an integer >= 1, got {rank!r}")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        raise ValueError(f"{file}: lora_alpha must be a number, got {alpha!r}")
-    return rank, alpha / math.sqrt(rank) if fields.get("use_rslora") else alpha / rank
+    read = Fields(fields, str(file))
+    rank, alpha = read.count("r"), read.number("lora_alpha")
+    by_root = read.flag("use_rslora", default=False)
+    return rank, alpha / math.sqrt(rank) if by_root else alpha / rank

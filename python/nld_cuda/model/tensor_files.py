@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from nld_cuda.model.json_files import has_file, read_json_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -31,6 +32,7 @@ _ITEM_BYTES = {
 _CHUNK_BYTES = 1 << 23
 _MAX_MAPPED_BYTES = 1 << 24
 _MAX_LISTED = 20
+_MAX_FILE_NAME = 255  # of the file systems in use
 
 Progress = Callable[[int, int], None]
 
@@ -44,9 +46,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
         ValueError: the index is damaged.
     """
     index = folder / INDEX_NAME
-    if index.is_file():
+    if has_file(index):
         return _shards(index)
-    if (folder / SINGLE_NAME).is_file():
+    if has_file(folder / SINGLE_NAME):
         return [folder / SINGLE_NAME]
     others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.gguf") for p in folder.glob(pattern))
     if others:
@@ -58,16 +60,16 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
         raise ValueError(
-            f"{index}: must be JSON with a weight_map of file names: {error}"
-        ) from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{index}: weight_map must hold plain file names, got {name!r}")
+            f"{index}: weight_map must be an object of file names, got {weight_map!r:.300}"
+        )
+    for name in weight_map.values():
+        is_plain = isinstance(name, str) and Path(name).name == name and name not in ("", "..")
+        if not is_plain or len(name) > _MAX_FILE_NAME:
+            raise ValueError(f"{index}: weight_map must hold plain file names, got {name!r:.300}")
+    names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing or not names:
         raise FileNotFoundError(f"{index}: shards must all be there, missing: {_listing(missing)}")
@@ -141,7 +143,7 @@ class TensorFiles:
                 known = self._stored.get(canonical(name))
                 if known is not None:
                     raise ValueError(
-                        f"{file}: tensors must be given once, got {name!r} and, in "
+                        f"{file}: tensors must be given once, got {name!r:.300} and, in "
                         f"{known.file.name}, {known.name!r}"
                     )
                 entry = handle.get_slice(name)
@@ -273,5 +275,5 @@ class TensorFiles:
 
 
 def _listing(items: Sequence[str]) -> str:
-    shown = ", ".join(items[:_MAX_LISTED])
+    shown = ", ".join(f"{item:.300}" for item in items[:_MAX_LISTED])
     return shown + (f", and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else "")
