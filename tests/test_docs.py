@@ -31,7 +31,7 @@ def test_page(page: Path, tmp_path: Path) -> None:
     assert "nld " in script and "import nld_cuda" in program
     commands = tmp_path / "bin"  # of this Python, whichever else is installed
     commands.mkdir()
-    for name, options in (("nld", "-m nld_cuda"), ("python", "")):
+    for name, options in COMMANDS.items():
         (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {options} "$@"\n')
         (commands / name).chmod(0o755)
     package = str(Path(nld_cuda.__file__).resolve().parent.parent)
