@@ -144,7 +144,7 @@ def test_checkpoints(config: dict[str, Any], tmp_path: Path) -> None:
         return
     rounded = load_model(folder, "cpu", products="fp8")
     down = rounded.layers[0].down
-    assert isinstance(down, Fp8Matrix) and down.scaled_product == "rows"
+    assert isinstance(down, Fp8Matrix) and down.scaled_product is not None
     is_static = any(name.endswith(("input_scale", "activation_scale")) for name in stored)
     assert (down.input_scale is not None) == is_static
     assert error < relative_error(logits_of(rounded, tokens), exact) <= 0.2
