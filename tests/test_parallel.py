@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 import nld_cuda
-from nld_cuda import cli
+from nld_cuda import cli, ops
 from nld_cuda.model import ModelConfig
 from nld_cuda.model.checkpoint import _pieces
 from nld_cuda.parallel.command import Team
 from nld_cuda.parallel.group import local_device
-from nld_cuda.parallel.shard import SLICE_IDS, Shard, vocab_borders
+from nld_cuda.parallel.shard import Shard, vocab_borders
 from parallel_worker import CASES, LOGITS, all_logits, decode_everything, write_checkpoints
 from tiny_model import config_fields
 
@@ -140,7 +140,7 @@ def test_errors_on_one_rank_end_all(
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}=>\n"
 FAILING = """
 import os, sys
-from nld_cuda import cli
+from nld_cuda import cli, ops
 from nld_cuda.decode.run import Run
 if os.environ["RANK"] == "1":
     def advance(self): raise RuntimeError("rank 1 is out of memory")
@@ -221,9 +221,9 @@ def test_vocabulary_borders() -> None:
             borders = vocab_borders(vocab, num)
             sizes = [end - begin for begin, end in pairwise(borders)]
             assert borders[0] == 0 and borders[-1] == vocab and min(sizes) > 0
-            if vocab >= num * SLICE_IDS:
-                assert all(border % SLICE_IDS == 0 for border in borders[:-1])
-                assert max(sizes) - vocab / num <= SLICE_IDS
+            if vocab >= num * ops.PART_LEN:
+                assert all(border % ops.PART_LEN == 0 for border in borders[:-1])
+                assert max(sizes) - vocab / num <= ops.PART_LEN
             else:
                 assert max(sizes) - min(sizes) <= 1
 

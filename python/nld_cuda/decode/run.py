@@ -155,4 +155,5 @@ class Run:
             dtype=self._model.dtype,
             spec_sampling="rejection" if s.rejection else "sampled",
             lora=s.use_lora,
+            num_ranks=1 if self._model.shard is None else self._model.shard.num_ranks,
         )

@@ -66,6 +66,7 @@ class DecodeStats:
             resident size of the process so far.
         requests: one record per request.
         seeds: seed of each request, for repeating sampled output.
+        num_ranks: processes that share the model, 1 unless it is divided (`load(process_group=)`).
         device, dtype, spec_sampling, lora: as run; lora tells whether the adapter drafted.
         versions: nld_cuda, torch, python.
     """
@@ -93,6 +94,7 @@ class DecodeStats:
     peak_memory_bytes: int
     requests: list[RequestStats]
     seeds: list[int]
+    num_ranks: int
     device: str
     dtype: str
     spec_sampling: str | None
@@ -114,6 +116,7 @@ def collect(
     dtype: torch.dtype,
     spec_sampling: str | None,
     lora: bool,
+    num_ranks: int = 1,
 ) -> DecodeStats:
     """Read the counters of a state. Waits for the device."""
     forwards = state.forwards.tolist()
@@ -160,6 +163,7 @@ def collect(
         peak_memory_bytes=peak_memory_bytes(state.device),
         requests=requests,
         seeds=[r.seed for r in state.requests],
+        num_ranks=num_ranks,
         device=str(state.device),
         dtype=str(dtype).removeprefix("torch."),
         spec_sampling=spec_sampling if speculative and state.any_sampled else None,

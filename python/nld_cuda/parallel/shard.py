@@ -17,20 +17,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from nld_cuda import ops
 from nld_cuda.model.config import ModelConfig
 from nld_cuda.model.linear import Lora, Weight, linear, lora_add_
-
-# CUDA works through the vocabulary in slices of so many ids. Where shards end at their borders,
-# the slices are those of one process, and so are the last digits of a confidence.
-SLICE_IDS = 8192
 
 
 def vocab_borders(vocab_size: int, num_ranks: int) -> tuple[int, ...]:
     """Where the shards of a vocabulary begin, and its end: `num_ranks + 1` ids.
 
-    As even as possible: multiples of SLICE_IDS if there is a slice for every rank, else any ids.
+    As even as possible: multiples of `ops.PART_LEN` if there is a part for every rank, else any
+    ids. The last digits of a confidence are those of one process where shards end with its slices.
     """
-    step = SLICE_IDS if vocab_size >= num_ranks * SLICE_IDS else 1
+    step = ops.PART_LEN if vocab_size >= num_ranks * ops.PART_LEN else 1
     even = (vocab_size * rank / (num_ranks * step) for rank in range(1, num_ranks))
     return (0, *(round(border) * step for border in even), vocab_size)
 
@@ -96,7 +94,7 @@ class Shard:
     @property
     def num_parts(self) -> int:
         """Parts in which every rank tells of its logits: as many as the longest shard needs."""
-        return max(-(-(end - begin) // SLICE_IDS) for begin, end in pairwise(self.borders))
+        return ops.num_parts(max(end - begin for begin, end in pairwise(self.borders)))
 
     @property
     def sizes(self) -> dict[str, int]:
