@@ -443,6 +443,9 @@ def test_damaged_pictures_and_settings(tmp_path: Path) -> None:
     write_json(tmp_path, "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"})
     with pytest.raises(NotImplementedError, match='image_processor_type "CLIPImageProcessor"'):
         ImageProcessor.from_folder(tmp_path, config_of(True))
+    write_json(tmp_path, "preprocessor_config.json", {"size": "large"})
+    with pytest.raises(ValueError, match="image cannot be prepared with the checkpoint's settings"):
+        ImageProcessor.from_folder(tmp_path, config_of(True)).pixels(gradient(9, 9))
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"preprocessor_config.json: must be a JSON file"):
         ImageProcessor.from_folder(tmp_path, config_of(True))

@@ -31,10 +31,10 @@ TOKEN_NAMES = {
 PROCESSORS = ("PixtralImageProcessor", "PixtralImageProcessorFast", "PixtralImageProcessorPil")
 
 
-def missing_extra(what: str, error: ImportError) -> ImportError:
+def missing_extra(error: ImportError) -> ImportError:
     """The error to raise where a package for pictures is missing."""
     return ImportError(
-        f"{what} need transformers and Pillow: pip install nld-cuda[vision] ({error})"
+        f"pictures need transformers and Pillow: pip install nld-cuda[vision] ({error})"
     )
 
 
@@ -54,7 +54,6 @@ class ImageProcessor:
     ) -> None:
         """Take the settings of `PixtralImageProcessor` and what image tokens are called."""
         self.config, self.settings, self.token_names = config, settings, token_names
-        self._theirs: Any = None
 
     @classmethod
     def from_folder(cls, folder: Path, config: VisionConfig) -> ImageProcessor:
@@ -98,22 +97,22 @@ class ImageProcessor:
         return self._checked(self._transformers_pixels(picture, name), name)
 
     def _transformers_pixels(self, picture: Picture, name: str) -> Tensor:
-        if self._theirs is None:
-            try:
-                from transformers.models.pixtral.image_processing_pil_pixtral import (
-                    PixtralImageProcessorPil,
-                )
-            except ImportError as error:
-                raise missing_extra("pictures", error) from error
-            default = {"size": {"longest_edge": self.config.image_size}}
-            self._theirs = PixtralImageProcessorPil.from_dict(self.settings or default)
-        edge = self.config.token_size
         try:
-            made = self._theirs(
+            from transformers.models.pixtral.image_processing_pil_pixtral import (
+                PixtralImageProcessorPil,
+            )
+        except ImportError as error:
+            raise missing_extra(error) from error
+        edge = self.config.token_size
+        settings = self.settings or {"size": {"longest_edge": self.config.image_size}}
+        try:
+            made = PixtralImageProcessorPil.from_dict(settings)(
                 images=[picture], patch_size={"height": edge, "width": edge}, return_tensors="pt"
             )
-        except ValueError as error:
-            raise ValueError(f"generate: {name} cannot be prepared: {error}") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"generate: {name} cannot be prepared with the checkpoint's settings: {error}"
+            ) from error
         found: Tensor = made["pixel_values"][0]
         return found
 
@@ -136,7 +135,7 @@ def _open(image: ImageInput) -> tuple[Picture, str]:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise missing_extra("pictures", error) from error
+        raise missing_extra(error) from error
     if isinstance(image, Image.Image):
         picture, name = image, "image"
     elif isinstance(image, str | Path):

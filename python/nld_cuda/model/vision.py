@@ -93,7 +93,7 @@ class VisionEncoder:
             from transformers.models.mistral3.modeling_mistral3 import Mistral3MultiModalProjector
             from transformers.models.pixtral.modeling_pixtral import PixtralVisionModel
         except ImportError as error:
-            raise missing_extra("pictures", error) from error
+            raise missing_extra(error) from error
         vision, text = self.config, self._model_config
         tower_config: Any = PixtralVisionConfig(
             hidden_size=vision.hidden_size,
