@@ -39,7 +39,7 @@ def small_llama() -> Any:
 def llama_weights(ours: NLDModel, llama: Any) -> list[tuple[Tensor, Tensor]]:
     """Pairs of a dense matrix of ours and transformers' own, of every layer."""
     pairs = []
-    for layer, other in zip(ours.layers, llama.model.layers, strict=True):
+    for layer, other in zip(ours.layers, getattr(llama, "model", llama).layers, strict=True):
         attention, mlp = other.self_attn, other.mlp
         qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
         for mine, theirs in (

@@ -13,9 +13,9 @@ from compressed_tensors.compressors import NaiveQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 import nld_cuda
+import tiny_vision
 from compare import assert_equal
 from model_session import random_tokens, relative_error
 from nld_cuda import cli
@@ -117,7 +117,10 @@ def test_checkpoints(config: dict[str, Any], tmp_path: Path) -> None:
         name = f"encoder.layers.1.{part}.weight"
         if config["quant_method"] == "fp8":
             scales = stored[name + "_scale_inv"]
-            return Fp8Dequantize(None)._dequantize_one(stored[name], scales, torch.float32)
+            for dim, block in enumerate(config["weight_block_size"] or ()):
+                scales = scales.repeat_interleave(block, dim)
+            wide = scales[:, : stored[name].shape[1]] if scales.dim() else scales
+            return stored[name].float() * wide
         weights = config["config_groups"]["group_0"]["weights"]
         scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
         tensors = {"weight": stored[name], "weight_scale": stored[name + "_scale"]}
@@ -148,6 +151,38 @@ def test_checkpoints(config: dict[str, Any], tmp_path: Path) -> None:
     is_static = any(name.endswith(("input_scale", "activation_scale")) for name in stored)
     assert (down.input_scale is not None) == is_static
     assert error < relative_error(logits_of(rounded, tokens), exact) <= 0.2
+
+
+def test_ministral_3_as_published(tmp_path: Path) -> None:
+    """With a tower, tied, in bfloat16 but for the layers; transformers expands the same weights."""
+    torch.manual_seed(0)
+    fields = tiny_vision.vision_fields(
+        hidden_size=64, intermediate_size=96, tie_word_embeddings=True
+    )
+    weights = tiny_vision.vision_weights(fields | {"tie_word_embeddings": False})
+    del weights["diffusion_head.weight"]
+    tiny_vision.theirs(fields, weights).save_pretrained(tmp_path)
+    tensors = {}
+    for name, weight in load_file(tmp_path / "model.safetensors").items():
+        tensors[name] = weight.bfloat16()
+        if weight.dim() == 2 and name.startswith("language_model.model.layers."):
+            scale = (weight.abs().max() / 448).bfloat16()
+            tensors[name] = (weight / scale.float()).clamp(-448, 448).to(fp8.DTYPE)
+            tensors[name + "_scale_inv"] = scale
+            tensors[name.replace("weight", "activation_scale")] = torch.tensor(0.02).bfloat16()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    skipped = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    config["quantization_config"] = mistral_config() | {"modules_to_not_convert": skipped}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    dense, model = load_model(tmp_path, "cpu", "float32"), load_model(tmp_path, "cpu")
+    assert isinstance(model.layers[0].qkv, Fp8Matrix) and model.vision is not None
+    assert model.head is model.embed
+    other = transformers.Mistral3ForConditionalGeneration.from_pretrained(
+        tmp_path, dtype=torch.float32
+    )
+    for ours, expanded in llama_weights(dense, other.model.language_model):
+        assert_equal(ours, expanded.float(), "expanded")
 
 
 def test_shapes_that_torch_does_not_scale_are_widened(tmp_path: Path) -> None:
