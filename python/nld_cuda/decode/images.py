@@ -72,7 +72,8 @@ class ImageTokens:
         if config.is_published and pad is not None:
             # The published code uses these tokens whatever config.json says.
             start, row_break, end = (find(f"<|image_{x}|>") for x in ("start", "break", "end"))
-            return cls(pad, start, row_break, end, "<|image_start|>")
+            placeholder = "<|image_pad|>" if start is None else "<|image_start|>"
+            return cls(pad, start, row_break, end, placeholder)
         names = _vision(model).processor.token_names
         row_break, end = find(names["image_break_token"]), find(names["image_end_token"])
         return cls(config.image_token_id, None, row_break, end, names["image_token"])
