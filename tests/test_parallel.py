@@ -28,20 +28,24 @@ from tiny_model import config_fields
 TESTS = Path(__file__).resolve().parent
 TIMEOUT_S = 120  # of two processes; they need about 10
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="this torch has no torch.distributed"
-)
 
-
-def torchrun(*argv: Any, timeout: float = TIMEOUT_S, **options: Any) -> Any:
-    """Run a program in two processes; kill them all if they hang."""
+def torchrun(*argv: Any, text: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a program in two processes, `text` on their standard input; end them if they hang."""
     paths = [str(Path(nld_cuda.__file__).parents[1]), str(TESTS), str(TESTS.parent / "benchmarks")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return subprocess.run(
-        [*command, "--nproc-per-node", "2", *map(str, argv)],
-        env=environment, capture_output=True, text=True, timeout=timeout, **options,
-    )  # fmt: skip
+    command += ["--nproc-per-node", "2", *map(str, argv)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        try:
+            out, err = process.communicate(text, timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun then ends its processes; a killed one would leave them
+            out, err = process.communicate()
+            pytest.fail(f"two processes took more than {TIMEOUT_S} s:\n{out}\n{err}")
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +175,7 @@ def test_chat_under_torchrun(divisible: Path, monkeypatch: Any, capsys: Any) -> 
     with pytest.raises(SystemExit):
         cli.main(argv)
     out, err = capsys.readouterr()
-    done = torchrun("-m", "nld_cuda", *argv, input=turns)
+    done = torchrun("-m", "nld_cuda", *argv, text=turns)
     assert done.returncode == 0, done.stderr
     assert done.stdout == out and len(out) > 20
     one, two = (text.count("diffusion: ") for text in (err, done.stderr))

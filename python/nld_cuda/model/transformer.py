@@ -121,12 +121,12 @@ class NLDModel:
 
     @property
     def num_parameters(self) -> int:
-        """Weights in all, a tied head counted once."""
+        """Weights in all, those of a tied head once; of this process only, where there are more."""
         return sum(w.numel() for w in self.weights())
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the weights."""
+        """Memory of the weights of this process."""
         return sum(
             w.numel() * w.element_size() if isinstance(w, Tensor) else w.num_bytes
             for w in self.weights()

@@ -20,7 +20,8 @@ TIMEOUT = timedelta(days=1)
 
 def was_launched() -> bool:
     """Whether torchrun (or a launcher that sets its variables) started several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    given = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return given and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def init() -> Any:
