@@ -150,6 +150,10 @@ def test_checkpoints(config: dict[str, Any], tmp_path: Path) -> None:
     assert isinstance(down, Fp8Matrix) and down.scaled_product is not None
     is_static = any(name.endswith(("input_scale", "activation_scale")) for name in stored)
     assert (down.input_scale is not None) == is_static
+    if is_static:
+        suffix = "activation_scale" if config["quant_method"] == "fp8" else "input_scale"
+        parts = [stored[f"encoder.layers.0.self_attn.{p}_proj.{suffix}"].view(()) for p in "qkv"]
+        assert rounded.layers[0].qkv.input_scale == max(parts), "the largest cuts nothing off"
     assert error < relative_error(logits_of(rounded, tokens), exact) <= 0.2
 
 

@@ -25,6 +25,14 @@ DEVICES = [
 ALL_CODES = torch.tensor([i for i in range(256) if i & 0x7F != 0x7F], dtype=torch.uint8)
 
 
+@pytest.fixture(params=["whole", "sliced"])
+def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of 512 inputs are expanded at once, or in slices of a few outputs."""
+    if request.param == "sliced":
+        for module in (fp8, int4):
+            monkeypatch.setattr(module, "slice_len", lambda _: 70 * 512)
+
+
 def check_product(outs: int, rows: int, group_size: int, device: torch.device) -> None:
     weight = torch.randn(outs, 512)
     codes, scales = int4.quantize(weight, group_size)
@@ -49,8 +57,8 @@ def test_product(group_size: int, rows: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("outs", [16, 64, 176])
-def test_product_of_many_rows(outs: int, device: str) -> None:
+@pytest.mark.parametrize("outs", [16, 64, 304])
+def test_product_of_many_rows(outs: int, device: str, slices: None) -> None:
     """Expanded slice by slice, but for the outputs past the last whole block."""
     torch.manual_seed(0)
     place = torch.device(device)
@@ -87,10 +95,10 @@ def test_widened_codes_are_exact() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dequantised_weights_are_rounded_once(dtype: torch.dtype) -> None:
-    codes = ALL_CODES.view(fp8.DTYPE).repeat(3).view(6, 127)
-    scales = torch.rand(6, 3) / 100
-    target = torch.empty(6, 127, dtype=dtype)
+def test_dequantised_weights_are_rounded_once(dtype: torch.dtype, slices: None) -> None:
+    codes = ALL_CODES.view(fp8.DTYPE).repeat(750).view(1500, 127)
+    scales = torch.rand(1500, 3) / 100
+    target = torch.empty(1500, 127, dtype=dtype)
     fp8.dequantize_into(target, codes, scales, 50)
     wide = scales.repeat_interleave(50, dim=1)[:, :127]
     assert_equal(target, (codes.double() * wide.double()).float().to(dtype), "weights")
@@ -98,24 +106,24 @@ def test_dequantised_weights_are_rounded_once(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [0, 1, 5, 33])
-def test_products(rows: int, device: str) -> None:
+def test_products(rows: int, device: str, slices: None) -> None:
     """Widened, the only errors are those of a sum in bfloat16; scaled, those of rounded rows."""
     torch.manual_seed(0)
-    weight = torch.randn(48, 512) * torch.logspace(-3, 3, 48)[:, None]
+    weight = torch.randn(144, 512) * torch.logspace(-3, 3, 144)[:, None]
     codes, scales = fp8.quantize(weight)
     scales = scales.float()
     step = weight.abs() / 16 + scales / 512  # half a step of 3 bits, or of a subnormal
     assert ((codes.float() * scales - weight).abs() <= step * 1.01).all()
     x = torch.randn(rows, 512).bfloat16()
     matrix = Fp8Matrix(codes.to(device), scales.to(device))
-    assert matrix.shape == (48, 512) and matrix.numel() == 48 * 512
-    assert matrix.num_bytes == 48 * 512 + 48 * 4
+    assert matrix.shape == (144, 512) and matrix.numel() == 144 * 512
+    assert matrix.num_bytes == 144 * 512 + 144 * 4
     exact = x.double() @ (codes.double() * scales.double()).T
     found = matrix.product(x.to(device)).cpu()
     # GPUs sum parts in bfloat16, or in fewer bits than float32: errors of the size of the terms.
     slack = (1e-3 if device == "cpu" else 1.0) * weight.double().norm(dim=1)
     sizes = exact.abs() + slack
-    assert found.shape == (rows, 48) and ((found.double() - exact).abs() <= sizes * 2**-7).all()
+    assert found.shape == (rows, 144) and ((found.double() - exact).abs() <= sizes * 2**-7).all()
     way = fp8.scaled_product(torch.device(device))
     assert way is not None or device == "cuda"
     for scale in (None, torch.tensor(0.004)):
