@@ -25,6 +25,7 @@ from nld_cuda.model.json_files import read_json_object
 from nld_cuda.model.tensor_files import INDEX_NAME, TensorFiles, checkpoint_files
 
 FORMATS = ("int4", "fp8")
+_ROWS = 4096  # rounded at a time, in float32
 
 HEAD = "diffusion_head.weight"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -171,7 +172,11 @@ def _stored(
         raise ValueError(
             f"{files.where(name)} must be floating-point, got {str(weight.dtype).split('.')[1]}"
         )
-    codes, scales = to_fp8(weight) if group_size is None else to_int4(weight, group_size)
+    rounded = [
+        to_fp8(rows) if group_size is None else to_int4(rows, group_size)
+        for rows in weight.split(_ROWS)
+    ]
+    codes, scales = (torch.cat(parts) for parts in zip(*rounded, strict=True))
     if not bool(scales.isfinite().all()):
         raise ValueError(f"{files.where(name)} must hold finite weights")
     if group_size is None:

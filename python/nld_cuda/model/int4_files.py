@@ -12,6 +12,8 @@ from nld_cuda.model.tensor_files import FLOAT_DTYPES, INTEGER_DTYPES, Piece, Ten
 
 Shape = tuple[int, ...]
 
+_ROWS = 1024  # expanded to float32 at a time
+
 
 class Int4Files:
     """Which matrices of a checkpoint are quantised, and their codes and scales.
@@ -89,7 +91,10 @@ class Int4Files:
 
         Raises: as `read`.
         """
-        target.copy_(int4.dequantize(*self.read(name, piece.shape))[piece.window])
+        rows, columns = piece.window
+        stored = (tensor[rows].split(_ROWS) for tensor in self.read(name, piece.shape))
+        for part, codes, scales in zip(target.split(_ROWS), *stored, strict=True):
+            part.copy_(int4.dequantize(codes, scales)[:, columns])
 
     def _read_piece(self, name: str, piece: Piece) -> tuple[Tensor, Tensor]:
         """Codes and scales of a piece that begins and ends between groups."""
