@@ -1,6 +1,6 @@
 """What each rank of tests/test_parallel.py runs; the test runs the same in one process.
 
-    torchrun --standalone --nproc-per-node 2 tests/parallel_worker.py FOLDER
+    torchrun --standalone --nproc-per-node 2 tests/parallel_worker.py FOLDER cpu|cuda
 
 FOLDER holds the checkpoints that `write_checkpoints` has made; `rank<R>.json` is written into it.
 """
@@ -83,11 +83,11 @@ def decode_everything(folder: Path, load: Load) -> dict[str, Any]:
     """Every case, a session that changes modes, and a stream, as JSON."""
     found: dict[str, Any] = {}
     for name, (checkpoint, mode, options, load_options) in CASES.items():
-        model = load(folder / checkpoint, device="cpu", **load_options)
+        model = load(folder / checkpoint, **load_options)
         result = nld_cuda.generate(model, RAGGED, mode, max_new_tokens=[20, 17, 13], **options)
         found[name] = [result.tokens, result.finish_reason, counts(result.stats)]
 
-    model = load(folder / "plain", device="cpu")
+    model = load(folder / "plain")
     session, text = nld_cuda.Session(model), prompt(8, 61)
     for mode in ("linear_spec", "diffusion", "ar", "quadratic_spec"):
         options = {} if mode == "ar" else {"block_length": 4}
@@ -116,12 +116,16 @@ def all_logits(folder: Path, load: Load) -> dict[str, Any]:
     """Logits of a prompt, with the adapter where there is one; and what `o_proj` is stored as."""
     found: dict[str, Any] = {}
     for checkpoint, options in LOGITS:
-        model = load(folder / checkpoint, device="cpu", **options)
+        model = load(folder / checkpoint, **options)
         cache = KVCache.of(model, 1, 16)
-        tokens, places = torch.tensor(prompt(9, 61)), torch.arange(9, dtype=torch.int32)
+        tokens, *ints = (
+            torch.tensor(values, device=model.device)
+            for values in (prompt(9, 61), list(range(9)), [9], [0, 9], [1])
+        )
+        places, seq_lens, cu_seqlens, causal = (t.int() for t in ints)
         logits = model.forward(
-            tokens, places, places, cache, cache.allocate(1, 9), torch.tensor([9]).int(),
-            torch.tensor([0, 9]).int(), torch.tensor([1]).int(), use_lora=model.has_lora,
+            tokens, places, places, cache, cache.allocate(1, 9), seq_lens, cu_seqlens, causal,
+            use_lora=model.has_lora,
         )  # fmt: skip
         logits = logits if model.shard is None else model.shard.whole_logits(logits)
         name = "-".join([checkpoint, str(model.dtype)])
@@ -129,11 +133,11 @@ def all_logits(folder: Path, load: Load) -> dict[str, Any]:
     return found
 
 
-def only_in_parallel(folder: Path, group: Any) -> dict[str, Any]:
+def only_in_parallel(folder: Path, group: Any, load: Load) -> dict[str, Any]:
     """What has no counterpart in one process: drawn seeds, errors."""
     found: dict[str, Any] = {}
     rank = torch.distributed.get_rank(group)
-    model = nld_cuda.load(folder / "wide", device="cpu", process_group=group)
+    model = load(folder / "wide")
     found["vocab_shard"] = [model.shard.first_id, model.head.shape[0]]
     torch.manual_seed(rank)
     drawn = nld_cuda.generate(model, RAGGED, "ar", max_new_tokens=5, temperature=1.0)
@@ -148,13 +152,12 @@ def only_in_parallel(folder: Path, group: Any) -> dict[str, Any]:
     def generate(tokens: list[int], mode: str = "ar", **options: Any) -> None:
         nld_cuda.generate(model, [tokens], mode, max_new_tokens=3, **options)
 
-    def load(path: Any, **options: Any) -> None:
-        nld_cuda.load(path, **{"process_group": group, **options})
-
     error_of("heads", lambda: load("nld-tiny"))
     error_of("no_group", lambda: load("nld-tiny", process_group="nccl"))
     error_of("one_folder_missing", lambda: load(folder / ("plain", "nowhere")[rank]))
     error_of("other_prompts", lambda: generate([5 + rank]))
+    session = nld_cuda.Session(model)
+    error_of("other_session", lambda: generate([5], session=(session, None)[rank]))
     error_of("other_options", lambda: generate([5], seed=[rank]))
     error_of("one_seed", lambda: generate([5], seed=(3, None)[rank]))
     error_of("one_bad_prompt", lambda: generate([5, -rank]))
@@ -163,14 +166,14 @@ def only_in_parallel(folder: Path, group: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, device = Path(sys.argv[1]), sys.argv[2]
     group = nld_cuda.parallel.init()
     # Before freed memory could serve a second time.
     memory = load_here(folder / "large", "cpu", "float32", process_group=group)
     found = {"memory": memory}
-    load = partial(nld_cuda.load, process_group=group)
+    load = partial(nld_cuda.load, device=device, process_group=group)
     found |= {"decoded": decode_everything(folder, load), "logits": all_logits(folder, load)}
-    found |= only_in_parallel(folder, group)
+    found |= only_in_parallel(folder, group, load)
     name = f"rank{torch.distributed.get_rank(group)}.json"
     (folder / name).write_text(json.dumps(found))
 

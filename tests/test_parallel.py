@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -55,18 +56,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[dict[str, Any]]:
-    done = torchrun(TESTS / "parallel_worker.py", folder)
+def found_by_ranks(folder: Path, device: str) -> list[dict[str, Any]]:
+    done = torchrun(TESTS / "parallel_worker.py", folder, device)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.fixture(scope="module")
-def alone(folder: Path) -> dict[str, Any]:
-    load = nld_cuda.load
+def found_alone(folder: Path, device: str) -> dict[str, Any]:
+    load = partial(nld_cuda.load, device=device)
     found = {"decoded": decode_everything(folder, load), "logits": all_logits(folder, load)}
     return dict(json.loads(json.dumps(found)))
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    return found_by_ranks(folder, "cpu")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Any]:
+    return found_alone(folder, "cpu")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -126,6 +135,7 @@ def test_a_rank_takes_the_memory_of_its_part(folder: Path, ranks: list[dict]) ->
             "load: path_or_name must be a checkpoint folder",
         ),
         ("other_prompts", ["ValueError"] * 2, "prompts and options must be the same on all ranks"),
+        ("other_session", ["ValueError"] * 2, "prompts and options must be the same on all ranks"),
         ("other_options", ["ValueError"] * 2, "prompts and options must be the same on all ranks"),
         ("one_seed", ["ValueError"] * 2, "prompts and options must be the same on all ranks"),
         ("one_bad_prompt", ["RuntimeError", "ValueError"], r"hold ids in [0, 24577), got -1"),
@@ -137,6 +147,15 @@ def test_errors_on_one_rank_end_all(
 ) -> None:
     assert [r[name][0] for r in ranks] == kinds
     assert all(message in r[name][1] for r in ranks)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_decode_as_one(tmp_path: Path) -> None:
+    write_checkpoints(tmp_path)
+    one = found_alone(tmp_path, "cuda")["decoded"]
+    for found in found_by_ranks(tmp_path, "cuda"):
+        assert found["decoded"] == one
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -161,12 +161,17 @@ def prepare_run(
     if model.shard is None:
         settings, requests = checked()
     else:
-        settings, requests = _agreed(model.shard, checked, request_options["seed"] is None)
+        cached = None if session is None else session.tokens
+        drawn_seeds = request_options["seed"] is None
+        settings, requests = _agreed(model.shard, checked, cached, drawn_seeds)
     return Run(model, requests, settings, ops=ops, session=session), tokenizer
 
 
 def _agreed(
-    shard: Shard, checked: Callable[[], tuple[Settings, list[Request]]], drawn_seeds: bool
+    shard: Shard,
+    checked: Callable[[], tuple[Settings, list[Request]]],
+    cached: list[int] | None,
+    drawn_seeds: bool,
 ) -> tuple[Settings, list[Request]]:
     """Settings and requests, which must be the same on all ranks; seeds that are drawn: rank 0's.
 
@@ -176,7 +181,7 @@ def _agreed(
     seeds = [r.seed for r in requests]
     shown = [[(image.digest, *image.places) for image in r.images] for r in requests]
     plain = [replace(r, images=(), seed=0) for r in requests]
-    call = (settings, plain, shown, None if drawn_seeds else seeds)
+    call = (settings, plain, shown, cached, None if drawn_seeds else seeds)
     calls = gather_objects(shard.group, (call, seeds))
     for rank, (other, _) in enumerate(calls):
         if other != calls[0][0]:

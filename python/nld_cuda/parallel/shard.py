@@ -62,7 +62,7 @@ class Shard:
             raise ValueError(
                 "load: num_heads, num_kv_heads and intermediate_size must be multiples of the "
                 f"number of processes, got {sizes[0]}, {sizes[1]} and {sizes[2]} for {num} "
-                f"processes; this model can be divided by {', '.join(map(str, possible))}"
+                f"processes; numbers that divide this model: {', '.join(map(str, possible))}"
             )
         if config.vocab_size < num:
             raise ValueError(
