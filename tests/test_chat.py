@@ -267,6 +267,21 @@ class Failing:
         raise RuntimeError("no memory")
 
 
+def test_what_ends_an_answer(tmp_path: Path) -> None:
+    """Every file may name tokens that end a turn."""
+    folder = copy_of_tiny(tmp_path, eos_token="</think>")
+    model = nld_cuda.load(folder, device="cpu")
+    assert model.tokenizer is not None
+    marks = [model.tokenizer.token_id(text) for text in ("</think>", "<|im_end|>")]
+    assert Chat(model).eos_token_ids == (2, *marks)
+    config = folder / "generation_config.json"
+    config.write_text('{"eos_token_id": [2, 9], "temperature": 0.6}')
+    assert Chat(model).eos_token_ids == (2, 9, *marks)
+    config.write_text('{"eos_token_id": 361}')
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must hold token"):
+        Chat(model)
+
+
 def test_chat_errors(tmp_path: Path) -> None:
     model = nld_cuda.load("nld-tiny", device="cpu")
     folder = copy_of_tiny(tmp_path, additional_special_tokens=[])

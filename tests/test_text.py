@@ -14,8 +14,9 @@ import pytest
 import transformers
 
 import nld_cuda
-from nld_cuda import ChatTemplate
+from nld_cuda import Chat, ChatTemplate
 from nld_cuda.decode.text import IncrementalDecoder, Tokenizer
+from tiny_model import config_fields, random_weights, write_checkpoint
 
 TINY = nld_cuda.api.ASSETS / "nld-tiny"
 CONFIG = json.loads((TINY / "tokenizer_config.json").read_text())
@@ -230,14 +231,26 @@ LENGTHS = ("", " ", "  leading", "trailing  ", "a" * 1000, "\n" * 50, "日" * 30
 
 
 @pytest.fixture(scope="module")
-def tekken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tokenizer]:
+def tekken_model(tmp_path_factory: pytest.TempPathFactory) -> nld_cuda.NLDModel:
+    """Random weights and the vocabulary of the published models."""
     mistral_common = pytest.importorskip(
         "mistral_common", reason="mistral-common, whose vocabulary is used, needs Python 3.11"
     )
     folder = tmp_path_factory.mktemp("tekken")
     data = Path(mistral_common.__file__).parent / "data"
     shutil.copy(data / "tekken_240911.json", folder / "tekken.json")
-    return folder, ours(folder)
+    fields = config_fields(
+        vocab_size=131072, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, mask_token_id=100,
+    )  # fmt: skip
+    write_checkpoint(folder, fields, random_weights(fields))
+    return nld_cuda.load(folder, device="cpu")
+
+
+@pytest.fixture
+def tekken(tekken_model: nld_cuda.NLDModel) -> tuple[Path, Tokenizer]:
+    assert tekken_model.tokenizer is not None and tekken_model.folder is not None
+    return tekken_model.folder, tekken_model.tokenizer
 
 
 def test_tekken_as_mistral_common(tekken: tuple[Path, Tokenizer]) -> None:
@@ -278,6 +291,25 @@ def test_tekken_token_by_token(tekken: tuple[Path, Tokenizer]) -> None:
     assert seconds < 1e-3 * len(ids)
 
 
+def test_a_conversation_in_tekken(
+    tekken_model: nld_cuda.NLDModel, tekken: tuple[Path, Tokenizer]
+) -> None:
+    """Turns over one cache, streamed, modes changed in between."""
+    folder, tokenizer = tekken
+    chat = Chat(tekken_model, max_new_tokens=12)
+    for mode in ("linear_spec", "diffusion", "ar"):
+        chat.mode, shown = mode, ""
+        turns = [*chat.messages, {"role": "user", "content": "héllo 😀"}]
+        for event in chat.ask("héllo 😀", temperature=2.0, seed=5):
+            shown += event.final
+        ids = tokenizer.encode(rendered(folder, tokenizer, turns), add_special_tokens=False)
+        options = {"max_new_tokens": 12, "temperature": 2.0, "seed": 5}
+        fresh = nld_cuda.generate(chat.model, ids, mode, **options)
+        assert event.result is not None and event.result.tokens == fresh.tokens
+        assert fresh.text == [shown]
+        assert chat.session.num_reused >= (0 if mode == "linear_spec" else 7)
+
+
 def test_saved_tokenizer_json_of_that_size(tekken: tuple[Path, Tokenizer], tmp_path: Path) -> None:
     """The published form of the same vocabulary: tokenizer.json alone."""
     tekken[1]._tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -300,4 +332,8 @@ def test_sentencepiece_as_auto_tokenizer(tmp_path: Path) -> None:
         assert ids == theirs.encode(text) and mine.decode(ids) == theirs.decode(
             ids, skip_special_tokens=True
         )
+        decoder = IncrementalDecoder(mine)
+        pieces = [decoder.push([token_id]) for token_id in ids]
+        assert "".join(pieces) + decoder.finish() == mine.decode(ids)
+        assert not any("\ufffd" in piece for piece in pieces)
     assert rendered(tmp_path, mine).startswith("<s>|</s>|")

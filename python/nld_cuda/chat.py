@@ -10,6 +10,8 @@ from nld_cuda.decode.generate import GenerateResult
 from nld_cuda.decode.images import place_images, prepare_images, with_placeholders
 from nld_cuda.decode.session import Session
 from nld_cuda.decode.stream import StreamEvent, stream
+from nld_cuda.decode.text import Tokenizer
+from nld_cuda.model.config import generation_eos_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +37,8 @@ class Chat:
         thinking: whether the model is asked to think first.
         max_thinking_tokens: thoughts are ended after so many tokens; None: no limit.
         session: what is cached.
-        eos_token_ids: what ends an answer: the model's own, and the end of a turn in ChatML.
+        eos_token_ids: what ends an answer: the ids in config.json and generation_config.json, the
+            tokenizer's own EOS, and the end of a turn in ChatML.
         options: further arguments of `nld_cuda.stream` for every answer.
     """
 
@@ -78,10 +81,7 @@ class Chat:
         self.images: list[Tensor] = []
         self._tokenizer, self._template = model.tokenizer, chosen
         self._end_think = self._tokenizer.token_id(THINK_END)
-        ends = [self._tokenizer.token_id(TURN_END)]
-        self.eos_token_ids = tuple(
-            dict.fromkeys(i for i in (*model.config.eos_token_ids, *ends) if i is not None)
-        )
+        self.eos_token_ids = _turn_ends(model, self._tokenizer)
         if max_thinking_tokens is not None and self._end_think is None:
             raise ValueError(
                 f"chat: max_thinking_tokens must be None, the tokenizer has no {THINK_END}, "
@@ -200,3 +200,15 @@ class Chat:
 
     def _text(self, messages: list[dict[str, str]]) -> str:
         return self._template.render(messages, enable_thinking=self.thinking)
+
+
+def _turn_ends(model: NLDModel, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Instruct models end turns with tokens that config.json need not name."""
+    config = model.config
+    ids = list(config.eos_token_ids)
+    if model.folder is not None:
+        ids += generation_eos_ids(model.folder, config.vocab_size)
+    for text in (tokenizer.special_tokens.get("eos_token"), TURN_END):
+        found = None if text is None else tokenizer.token_id(text)
+        ids += [] if found is None else [found]
+    return tuple(dict.fromkeys(ids))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nld_cuda.model.fields import Fields
-from nld_cuda.model.json_files import read_json_object
+from nld_cuda.model.json_files import has_file, read_json_object
 from nld_cuda.model.quantization import Fp8Config, Int4Config, read_quantization
 from nld_cuda.model.vision_config import VisionConfig, read_vision_config
 
@@ -219,6 +219,18 @@ def _eos_token_ids(read: Fields, vocab_size: int) -> tuple[int, ...]:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             read.fail("eos_token_id", f"hold token ids in [0, {vocab_size})", value)
     return tuple(dict.fromkeys(ids))
+
+
+def generation_eos_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """Ids that end a text by generation_config.json, none where a folder has no such file.
+
+    Raises:
+        ValueError: the file is damaged, or names an id outside the vocabulary.
+    """
+    file = folder / "generation_config.json"
+    if not has_file(file):
+        return ()
+    return _eos_token_ids(Fields(read_json_object(file), str(file)), vocab_size)
 
 
 def _rope(read: Fields, head_dim: int, max_positions: int) -> RopeConfig:
