@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
 
-from model_session import Session
-from nld_cuda.model import NLDModel
+from compare import assert_equal
+from model_session import Session, relative_error
+from nld_cuda.model import NLDModel, load_model
+from nld_cuda.model.linear import linear
 from nld_cuda.ops import MaskMode
+from nld_cuda.parallel.shard import Shard
 
 # Sides that quantised products take: multiples of 32 inputs, of 16 outputs.
 SIDES = {
@@ -51,3 +56,38 @@ def llama_weights(ours: NLDModel, llama: Any) -> list[tuple[Tensor, Tensor]]:
             assert isinstance(mine, Tensor)
             pairs.append((mine, torch.cat([linear.weight for linear in theirs]).detach()))
     return pairs
+
+
+def assert_parts_make_up(folder: Path, num_ranks: int = 2) -> None:
+    """What the ranks of tensor parallelism read of a quantised checkpoint is the checkpoint."""
+
+    def parts(dtype: str) -> list[NLDModel]:
+        found, shards = [], iter(range(num_ranks))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                Shard, "of", lambda config, _: Shard(None, next(shards), num_ranks, config)
+            )
+            for _ in range(num_ranks):
+                found.append(load_model(folder, "cpu", dtype, process_group="not asked"))
+        return found
+
+    whole, ranks = load_model(folder, "cpu", "float32"), parts("float32")
+    config, own = whole.config, ranks[0].config
+    for i, layer in enumerate(whole.layers):
+        for field in ("o", "down"):
+            joined = torch.cat([getattr(rank.layers[i], field) for rank in ranks], dim=1)
+            assert_equal(joined, getattr(layer, field), f"{i}.{field}")
+        for field, own_sizes in (
+            ("qkv", (own.q_size, own.kv_size, own.kv_size)),
+            ("gate_up", (own.intermediate_size, own.intermediate_size)),
+        ):
+            pieces = (getattr(rank.layers[i], field).split(own_sizes) for rank in ranks)
+            joined = torch.cat([torch.cat(found) for found in zip(*pieces, strict=True)])
+            assert_equal(joined, getattr(layer, field), f"{i}.{field}")
+
+    whole, ranks = load_model(folder, "cpu", "bfloat16"), parts("bfloat16")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, config.q_size, generator=generator).bfloat16()
+    halves = zip(ranks, x.split(own.q_size, dim=1), strict=True)
+    joined = sum(linear(half.contiguous(), rank.layers[0].o).float() for rank, half in halves)
+    assert relative_error(joined, linear(x, whole.layers[0].o)) < 0.02

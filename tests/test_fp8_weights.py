@@ -22,7 +22,7 @@ from nld_cuda import cli
 from nld_cuda.model import ModelConfig, NLDModel, fp8, load_model
 from nld_cuda.model.fp8 import Fp8Matrix
 from nld_cuda.quantize import quantize
-from quantized_cases import SIDES, llama_weights, logits_of, small_llama
+from quantized_cases import SIDES, assert_parts_make_up, llama_weights, logits_of, small_llama
 from tiny_model import config_fields, random_lora, random_weights, write_checkpoint
 
 TINY = nld_cuda.api.ASSETS / "nld-tiny"
@@ -110,6 +110,7 @@ def test_checkpoints(config: dict[str, Any], tmp_path: Path) -> None:
     """Weights are those that the other packages expand; in bfloat16 they stay in fp8."""
     torch.manual_seed(0)
     folder = write_fp8(tmp_path, config, shards=3)
+    assert_parts_make_up(folder)
     stored = stored_tensors(folder)
     dense = load_model(folder, "cpu", "float32")
 

@@ -22,7 +22,7 @@ from nld_cuda import cli
 from nld_cuda.model import int4, load_model
 from nld_cuda.model.int4 import Int4Matrix
 from nld_cuda.quantize import quantize
-from quantized_cases import SIDES, llama_weights, logits_of, small_llama
+from quantized_cases import SIDES, assert_parts_make_up, llama_weights, logits_of, small_llama
 from tiny_model import config_fields, random_lora, random_weights, write_checkpoint
 
 TINY = nld_cuda.api.ASSETS / "nld-tiny"
@@ -100,6 +100,7 @@ def test_gptq_checkpoints(version: str, group_size: int, tmp_path: Path) -> None
     """In bfloat16 the matrices stay in 4 bits; in float32 they are expanded exactly."""
     torch.manual_seed(0)
     folder = write_gptq(tmp_path / "q", version, group_size)
+    assert_parts_make_up(folder)
     model, dense = load_model(folder, "cpu"), load_model(folder, "cpu", "float32")
     assert model.dtype == torch.bfloat16 and dense.dtype == torch.float32
     small = [isinstance(w, Int4Matrix) for layer in model.layers for w in (layer.qkv, layer.down)]
@@ -128,6 +129,7 @@ def test_gptq_inputs_out_of_order(tmp_path: Path) -> None:
     base = "encoder.layers.1.mlp.down_proj."
     groups = tensors[base + "g_idx"] = tensors[base + "g_idx"][torch.randperm(96)]
     save_file(tensors, folder / "model.safetensors")
+    assert_parts_make_up(folder)
     codes = int4.from_gptq(tensors[base + "qweight"]).float() - 8
     expected = codes * tensors[base + "scales"].float().t()[:, groups.long()]
     down = load_model(folder, "cpu", "float32").layers[1].down
