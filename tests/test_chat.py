@@ -344,11 +344,15 @@ def test_on_a_terminal(
     short_model: nld_cuda.NLDModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Errors and Ctrl-C end an answer, not the conversation; a full model is said to be full."""
-    lines = iter(["a" * 80, "again", "/reset", "stop", "/stats off", "go on", "", "/mode ar", "b"])
+    lines: list[str | type[BaseException]] = [
+        "a" * 80, "again", "/reset", "stop", "/stats off", KeyboardInterrupt, "go on", "",
+        "/mode ar", "b", EOFError,
+    ]  # fmt: skip
 
     def read(_: str) -> str:
-        if (line := next(lines, None)) is None:
-            raise EOFError
+        line = lines.pop(0)
+        if not isinstance(line, str):
+            raise line
         return line
 
     monkeypatch.setattr("builtins.input", read)
@@ -371,6 +375,7 @@ def test_on_a_terminal(
         "the model's 96 places are full: /reset starts over",
         "chat: the conversation must fit in the model's 96 places",
         "stopped",
+        "/quit leaves",
     ):
         assert err.count(part) == 1, part
     assert [m["content"] for m in console.chat.messages[::2]] == ["stop", "go on", "b"]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -152,6 +155,20 @@ def test_tokenizer_json_as_auto_tokenizer(case: str, tmp_path: Path) -> None:
     assert rendered(folder, mine) == expected
 
 
+def test_tokenizer_json_needs_tokenizers_alone() -> None:
+    """transformers is neither needed nor, since importing it takes seconds, imported."""
+    program = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "import nld_cuda\n"
+        "model = nld_cuda.load('nld-tiny', device='cpu')\n"
+        "assert model.tokenizer.decode(model.tokenizer.encode('add 1+2')) == 'add 1+2'\n"
+        "assert next(nld_cuda.Chat(model).ask('add 1+2')).final_tokens\n"
+    )
+    package = str(Path(nld_cuda.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": package}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
 def test_nothing_of_a_checkpoint_is_executed(tmp_path: Path) -> None:
     """Python files beside a tokenizer, and the fields that ask for them, are not even looked at."""
     code = {"AutoTokenizer": [None, "evil.Evil"]}
@@ -201,7 +218,7 @@ def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match=pattern):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tekken.json").write_text("{}")
-    monkeypatch.setitem(__import__("sys").modules, "transformers.integrations.mistral", None)
+    monkeypatch.setitem(sys.modules, "transformers.integrations.mistral", None)
     with pytest.raises(ValueError, match=r"needs more packages \(pip install 'nld-cuda\[hf\]'\)"):
         Tokenizer.from_folder(tmp_path)
 

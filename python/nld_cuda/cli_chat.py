@@ -52,6 +52,11 @@ class Console:
                 line = input("> " if self._is_terminal else "").strip()
             except EOFError:
                 return 0
+            except KeyboardInterrupt:  # perhaps meant for an answer that has just ended
+                if not self._is_terminal:
+                    raise
+                self._note("\n/quit leaves")
+                continue
             if line == "/quit":
                 return 0
             if line.startswith("/"):
@@ -67,11 +72,9 @@ class Console:
     def _answer(self, line: str) -> None:
         options = decode_options(self._args, self.mode, all_modes=True)
         pictures, self._pictures = self._pictures, []
-        events = self.chat.ask(line, images=pictures, **options)
         try:
-            result = show_events(self.chat, events)
+            result = show_events(self.chat, self.chat.ask(line, images=pictures, **options))
         except KeyboardInterrupt:
-            events.close()
             if not self._is_terminal:
                 raise
             self._note("stopped")
@@ -137,6 +140,7 @@ def show_events(chat: Chat, events: Generator[StreamEvent, None, GenerateResult]
         result: GenerateResult = stop.value
         return result
     finally:
+        events.close()
         view.finish()
 
 
