@@ -30,7 +30,7 @@ ASAN := LD_PRELOAD="$(shell c++ -print-file-name=libasan.so) $(shell c++ -print-
 emulated: build
 	@$(PYTEST) --emulated plain --emulated-schedules --emulated-sample 1
 	@$(PYTEST) --emulated checked --emulated-sample 1
-	@$(ASAN) $(PYTEST) --capture=sys --emulated asan --emulated-sample 1 $(foreach op,attention attention_sm90 attention_cluster fp8 kv_cache sampler verify,tests/test_$(op).py)
+	@$(ASAN) $(PYTEST) --capture=sys --emulated asan --emulated-sample 1 $(foreach op,attention attention_sm90 attention_cluster fp8 kv_cache sampler shards verify,tests/test_$(op).py)
 
 build: .venv/.built
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from compare import assert_equal
 from nld_cuda import ops, reference
 from nld_cuda.ops import CommitRule, MaskMode, VerifyMode
+from sharded import sharded_commit, sharded_verify
 
 Args = dict[str, Any]
 NUM_VARIANTS = 4
@@ -31,6 +32,7 @@ class ReplayCase:
         make: variant -> arguments by name; tensors on the CPU.
         written: arguments that the op writes.
         tolerance: absolute, of floating-point results.
+        call: what runs it, if that is not the op of this name: several that come to the same.
     """
 
     op: str
@@ -38,6 +40,7 @@ class ReplayCase:
     written: tuple[str, ...]
     tolerance: float = 0.0
     name: str = ""
+    call: Callable | None = None
 
     def __str__(self) -> str:
         return self.name or self.op
@@ -60,7 +63,7 @@ class Call:
                 self.buffers[name].copy_(x, non_blocking=non_blocking)
 
     def __call__(self) -> None:
-        getattr(ops, self.case.op)(**self.buffers)
+        (self.case.call or getattr(ops, self.case.op))(**self.buffers)
 
     def check(self, variant: int) -> None:
         """Compare what the op has written with the reference's result of the variant."""
@@ -227,6 +230,14 @@ def verify_drawn_drafts(variant: int) -> Args:
     }  # fmt: skip
 
 
+def verify_shards(variant: int) -> Args:
+    """Modes that shards of the vocabulary can judge."""
+    arguments = verify(variant)
+    modes = arguments["verify_mode"]
+    modes[modes == VerifyMode.REJECTION] = int(VerifyMode.SAMPLED)
+    return arguments
+
+
 def gumbel_noise(variant: int) -> Args:
     return {
         "noise": torch.full((3, 1001), torch.nan), "seed": torch.tensor([1, 2**40, -3]) + variant,
@@ -260,5 +271,9 @@ REPLAY_CASES = [
         "verify_", verify_drawn_drafts, (*_VERIFIED, "force_positions", "tickets"),
         name="verify_-drawn-drafts",
     ),
+    ReplayCase(
+        "commit_", commit, _COMMITTED, 1e-5, "commit_-shards", sharded_commit([1001, 4000]),
+    ),
+    ReplayCase("verify_", verify_shards, _VERIFIED, 0.0, "verify_-shards", sharded_verify([2503])),
     ReplayCase("gumbel_noise_", gumbel_noise, ("noise",)),
 ]  # fmt: skip

@@ -28,6 +28,7 @@ import test_fp8
 import test_kv_cache
 import test_sampler
 import test_sampler_kernel
+import test_shards
 import test_verify
 from cases import ATTENTION_CORRECT, CAUSAL, FULL, QUADRATIC, AttentionCase, Request
 from conftest import Backend
@@ -240,6 +241,18 @@ def verify_with_tickets(b: Backend) -> None:
     test_verify.test_tickets_are_zero_again(b)
 
 
+def commit_shards(b: Backend) -> None:
+    """Two slices in the second shard, which begins between two multiples of 4."""
+    data = test_sampler.make(test_sampler.Case((4, 2), 8300, sampled=True))
+    test_shards.check_commit(data, [70])
+
+
+def verify_shards(b: Backend) -> None:
+    modes = [test_verify.GREEDY, test_verify.SAMPLED, test_verify.SAMPLED, test_verify.COMMIT]
+    args = test_verify.make([3, 3, 4, 2], 40, modes, draft_probs=False)
+    test_shards.check_verify(args, [14, 30])
+
+
 BUGS = [
     Bug("rope_no_barrier", rope, RACE),
     Bug("rope_lost_tail", rope, NUMBERS),
@@ -331,6 +344,14 @@ BUGS = [
     Bug("verify_cluster_no_wait", verify_plain_steps, RACE, gpu=90),
     Bug("verify_cluster_lost_part", verify_plain_steps, RACE, gpu=90),
     Bug("verify_cluster_task_early", verify_refusals, RACE, gpu=90),
+    Bug("shard_noise_not_shifted", commit_shards, NUMBERS),
+    Bug("shard_id_not_global", commit_shards, NUMBERS),
+    Bug("shard_wrong_stride", commit_shards, NUMBERS),
+    Bug("shard_lost_slice", commit_shards, NUMBERS),
+    Bug("commit_no_barrier", commit_shards, RACE),
+    Bug("shard_noise_not_shifted", verify_shards, NUMBERS),
+    Bug("shard_wrong_stride", verify_shards, NUMBERS),
+    Bug("verify_walk_no_barrier", verify_shards, RACE),
     Bug("ticket_no_release", verify_refusals, RACE, gpu=90),
     Bug("ticket_no_acquire", verify_refusals, RACE, gpu=90),
     Bug("ticket_not_reset", verify_with_tickets, NUMBERS, gpu=90),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -17,55 +16,10 @@ import test_verify
 from compare import assert_accurate, assert_equal
 from nld_cuda import ops, reference
 from nld_cuda.ops import CommitRule, VerifyMode
+from sharded import DRAWS, ROWS, sharded_commit, sharded_verify
 from test_sampler import MASK, WRITTEN
 
 GREEDY, SAMPLED, REJECTION, COMMIT = VerifyMode
-ROWS = ("is_fixed", "banned_token_ids")
-DRAWS = ("temperature", "seed", "positions")
-
-
-def gather(scan: Callable, logits: Tensor, cuts: list[int], module: ModuleType) -> Tensor:
-    """What all ranks hold after they have gathered their parts. cuts: where shards end."""
-    bounds = list(zip([0, *cuts], [*cuts, logits.shape[1]], strict=True))
-    most = max(ops.num_parts(end - begin) for begin, end in bounds)
-    return torch.stack([
-        scan(logits[:, begin:end], first_token_id=begin, num_parts=most) for begin, end in bounds
-    ])  # fmt: skip
-
-
-def sharded_commit(cuts: list[int], module: Any = ops) -> Callable:
-    """`commit_` by ranks that hold the columns between the cuts."""
-
-    def commit_(logits, tokens, is_masked, cu_seqlens, rule, threshold, *, mask_token_id, **named):
-        def scan(shard: Tensor, **which: int) -> Tensor:
-            draws = {n: named[n] for n in (*ROWS, *DRAWS, "purpose") if n in named}
-            return module.commit_scan(
-                shard, tokens, is_masked, cu_seqlens, rule, mask_token_id=mask_token_id,
-                **draws, **which,
-            )  # fmt: skip
-
-        rest = {n: t for n, t in named.items() if n not in (*DRAWS, "purpose")}
-        return module.commit_parts_(
-            gather(scan, logits, cuts, module), tokens, is_masked, cu_seqlens, rule, threshold,
-            vocab=logits.shape[1], mask_token_id=mask_token_id, **rest,
-        )  # fmt: skip
-
-    return commit_
-
-
-def sharded_verify(cuts: list[int], module: Any = ops) -> Callable:
-    """`verify_` by ranks that hold the columns between the cuts."""
-
-    def verify_(logits, tokens, cu_seqlens, mode, *state, draft_probs=None, **named):
-        def scan(shard: Tensor, **which: int) -> Tensor:
-            draws = {n: named[n] for n in (*DRAWS, "banned_token_ids") if n in named}
-            return module.verify_scan(shard, cu_seqlens, mode, state[-1], **draws, **which)
-
-        rest = {n: t for n, t in named.items() if n not in ("temperature", "seed")}
-        parts = gather(scan, logits, cuts, module)
-        module.verify_parts_(parts, tokens, cu_seqlens, mode, *state, vocab=logits.shape[1], **rest)
-
-    return verify_
 
 
 def random_cuts(vocab: int, shards: int) -> list[int]:

@@ -15,6 +15,11 @@ template <class T>
 constexpr int kShardScanCtas = sizeof(T) == 4 ? 2 : 3;
 #endif
 
+// Slices of a shard; parts beyond say nothing.
+__device__ __forceinline__ int64_t num_shard_slices(int64_t shard_len) {
+  return num_scan_slices(shard_len) - (NLD_BUG(shard_lost_slice) ? 1 : 0);
+}
+
 struct PartSmem {
   float best[kScanWarps];
   ExpSum sums[kScanWarps];

@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(kScanThreads, kShardScanCtas<T>)
   if (row >= p.rows) return;
   SlicePart* const part = p.parts.parts + (row * gridDim.x + slice_idx);
   const int32_t request = find_request(p, row);
-  if (request < 0 || !is_judged(p, request, row) || slice_idx >= num_scan_slices(p.vocab)) {
-    if (threadIdx.x == 0 && !NLD_BUG(shard_leaves_part)) *part = no_part();
+  if (request < 0 || !is_judged(p, request, row) || slice_idx >= num_shard_slices(p.vocab)) {
+    if (threadIdx.x == 0) *part = no_part();
     return;
   }
   RowSlice<T> slice;

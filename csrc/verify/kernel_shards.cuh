@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(kScanThreads, kShardScanCtas<T>)
   if (row >= p.rows) return;
   SlicePart* const part = p.shards.parts + (row * gridDim.x + slice_idx);
   RowView view;
-  if (!find_row(p, row, false, &view) || slice_idx >= num_scan_slices(p.vocab)) {
-    if (threadIdx.x == 0 && !NLD_BUG(shard_leaves_part)) *part = no_part();
+  if (!find_row(p, row, false, &view) || slice_idx >= num_shard_slices(p.vocab)) {
+    if (threadIdx.x == 0) *part = no_part();
     return;
   }
   NLD_DEVICE_CHECK(view.mode != VerifyMode::kRejection,
