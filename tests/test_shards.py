@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -130,8 +131,9 @@ def test_held_tokens_that_no_shard_has(backend) -> None:
 def test_commit_bits(sampled: bool, backend) -> None:
     """Where the slices of shards are those of whole rows, confidences have equal bits."""
     length = 16384 if backend.name.startswith("cpu") else 8192
-    case = test_sampler.Case((2,), 2 * length, (CommitRule.ENTROPY,), sampled=sampled)
-    check_commit(test_sampler.make(case), [length], backend.device, same_bits=True)
+    case = test_sampler.Case((2,), 2 * length + 77, (CommitRule.ENTROPY,), sampled=sampled)
+    cuts = [length, 2 * length]
+    check_commit(test_sampler.make(case), cuts, backend.device, same_bits=True)
 
 
 @pytest.mark.parametrize(
@@ -381,3 +383,56 @@ def test_rejection_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="got REJECTION for request 1: gather its logits"):
             verify()
+
+
+def as_rejection(args: dict) -> dict:
+    return args | {"verify_mode": torch.full_like(args["verify_mode"], int(REJECTION))}
+
+
+@pytest.mark.backends("emulated")
+def test_rejection_is_refused_in_debug_builds(backend) -> None:
+    args = test_verify.make([3, 2], 33, [SAMPLED, SAMPLED], spare=0)
+    args["temperature"][:] = 1.0
+    with pytest.raises(RuntimeError, match="must not be REJECTION where the vocabulary is sharded"):
+        test_verify.call(sharded_verify([10]), as_rejection(args))
+
+
+@pytest.mark.backends("emulated", "cuda")
+def test_rejection_counts_as_sampled_on_cuda(backend) -> None:
+    args = test_verify.make([3, 2], 33, [SAMPLED, SAMPLED], spare=0, draft_probs=False)
+    expected = test_verify.clone(args, backend.device)
+    actual = test_verify.clone(args, backend.device)
+    rows = (expected["logits"], expected["cu_seqlens"], expected["verify_mode"], expected["done"])
+    parts = ops.verify_scan(*rows, first_token_id=0, **{n: expected[n] for n in DRAWS})[None]
+    for data in (expected, as_rejection(actual)):
+        at = [data[n] for n in test_verify.POSITIONAL[1:]]
+        counts = {n: data[n] for n in test_verify.COUNTS}
+        ops.verify_parts_(parts, *at, vocab=33, positions=data["positions"], **counts)
+    assert int(expected["num_emitted"].sum()) > 0
+    for name in (*test_verify.MUTATED[:-1], *test_verify.COUNTS):
+        assert_equal(actual[name], expected[name], name)
+
+
+def test_judged_rows_are_read_once(traffic: Callable) -> None:
+    """To the byte: what is judged, once; nothing else, nothing past the shard."""
+    shard, flat = 8192 + 40, torch.zeros(6, 8192 + 48).bfloat16()
+    logits = flat[:, :shard]
+    starts, no = torch.tensor([0, 3, 5]).int(), torch.zeros(6, dtype=torch.bool)
+    masked = torch.tensor([True, False, False, True, False, True])
+    rule = torch.tensor([CommitRule.THRESHOLD, CommitRule.REVISE]).int()
+    tokens, draws = (
+        torch.full((6,), 8200),
+        {"temperature": torch.ones(2), "seed": torch.ones(2).long()},
+    )
+    with traffic(flat) as read:
+        ops.commit_scan(
+            logits, tokens, masked, starts, rule, first_token_id=6, mask_token_id=MASK,
+            is_fixed=no, positions=torch.arange(6).int(), **draws,
+        )  # fmt: skip
+    assert read.read_bytes == 3 * shard * 2  # rows 0, 3 and 4; row 5 belongs to nobody
+    with traffic(flat) as read:
+        ops.verify_scan(
+            logits, starts, torch.tensor([COMMIT, SAMPLED]).int(), torch.tensor([False, True]),
+            first_token_id=6, positions=torch.arange(6).int(), **draws,
+        )  # fmt: skip
+    assert read.read_bytes == shard * 2 and read.written_bytes == 0  # the bonus of a block

@@ -17,8 +17,8 @@ static void scan_draw(const Logits<T>& logits, int64_t begin, int64_t end, const
   scan_gumbel(logits, begin, end, key, banned, best);
 }
 
-// Ids begin .. end of a row whose first logit is that of id `first`.
-template <class T>
+// Ids begin .. end of a row whose first logit is that of id `first`. Not kSums: no softmax sums.
+template <bool kSums, class T>
 static SlicePart scan_part(const T* row, int64_t first, int64_t begin, int64_t end, const RowQuestion& asked,
                            const Banned& banned) {
   const RawLogits<T> logits = {row, first};
@@ -26,14 +26,14 @@ static SlicePart scan_part(const T* row, int64_t first, int64_t begin, int64_t e
   const bool draws = !asked.is_held && asked.scale > 0.0f;
   Best best;
   ExpSum sums;
-  if (asked.wants_sums && asked.wants_dot) {
+  if constexpr (!kSums) {
+    if (!draws && !asked.is_held) scan_argmax(cleaned, begin, end, banned, best);
+  } else if (asked.wants_dot) {
     draws ? scan_softmax<true, false>(logits, begin, end, banned, best, sums)
           : scan_softmax<true, true>(logits, begin, end, banned, best, sums);
-  } else if (asked.wants_sums) {
+  } else {
     draws ? scan_softmax<false, false>(logits, begin, end, banned, best, sums)
           : scan_softmax<false, true>(logits, begin, end, banned, best, sums);
-  } else if (!draws && !asked.is_held) {
-    scan_argmax(cleaned, begin, end, banned, best);
   }
   float logit = best.value;
   if (asked.is_held) {

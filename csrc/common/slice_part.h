@@ -37,12 +37,11 @@ NLD_HD SlicePart* part_at(const RowParts& p, int64_t row, int64_t i) {
 
 // What is asked about a row.
 struct RowQuestion {
-  float scale = 0.0f;       // of the logits of a draw; 0: argmax
-  NoiseKey key = {};        // of a draw
-  bool is_held = false;     // nothing is chosen: `held` is looked up
-  int32_t held = -1;        // see held_token()
-  bool wants_sums = false;  // max, sum
-  bool wants_dot = false;   // with wants_sums: dot
+  float scale = 0.0f;      // of the logits of a draw; 0: argmax
+  NoiseKey key = {};       // of a draw
+  bool is_held = false;    // nothing is chosen: `held` is looked up
+  int32_t held = -1;       // see held_token()
+  bool wants_dot = false;  // of the sums, where there are any
 };
 
 // A token as RowQuestion has it: what is no id of any vocabulary is -1.

@@ -47,15 +47,14 @@ void scan_items(const CommitParams& p, int64_t item_begin, int64_t item_end) {
     const int64_t begin = slice * kSliceLen, end = begin + kSliceLen < p.vocab ? begin + kSliceLen : p.vocab;
     RowQuestion asked = {.is_held = !p.is_masked[row],  // a held token is judged, not drawn
                          .held = held_token(p.block_tokens[row]),
-                         .wants_sums = true,
                          .wants_dot = rule_of(p, request) == CommitRule::kEntropy};
     if (p.temperature != nullptr) {
       asked.scale = inverse_temperature(p.temperature[request]);
       asked.key = {static_cast<uint64_t>(p.seed[request]), static_cast<uint32_t>(p.positions[row]), p.purpose};
     }
     *part_at(p.parts, row, slice) =
-        scan_part(static_cast<const T*>(p.logits) + row * p.logits_row_stride, p.first_token_id,
-                  p.first_token_id + begin, p.first_token_id + end, asked, {p.banned, p.num_banned});
+        scan_part<true>(static_cast<const T*>(p.logits) + row * p.logits_row_stride, p.first_token_id,
+                        p.first_token_id + begin, p.first_token_id + end, asked, {p.banned, p.num_banned});
   }
 }
 

@@ -112,7 +112,7 @@ void scan_shard_slice(const VerifyParams& p, int64_t request, int64_t row, int64
     asked.key = noise_key(p, request, row, Purpose::kSample);
   }
   with_logits(p, row, 1.0f, [&](const auto& logits) __attribute__((always_inline)) {
-    *part_at(p.shards, row, slice) = scan_part(logits.data, first, begin, end, asked, banned(p));
+    *part_at(p.shards, row, slice) = scan_part<false>(logits.data, first, begin, end, asked, banned(p));
   });
 }
 

@@ -471,7 +471,7 @@ def commit_(
 
     On CUDA one launch (two without `tickets`); cu_seqlens must not decrease and lie within the
     rows, a rule out of range reveals nothing. Workspace: 32 bytes a row and 8192 ids, 5 bytes a
-    row; on CPU 20 bytes a row and 16384 ids, 13 bytes a row.
+    row; on CPU 32 bytes a row and 16384 ids, 13 bytes a row.
     Source: confidence-threshold decoding (Fast-dLLM, Wu et al. 2025); entropy bound (Ben-Hamu et
     al. 2025); Gumbel maximum with Philox4x32-10 (Salmon et al. 2011).
     Meaning: `reference.commit_`.
@@ -505,8 +505,8 @@ def _(logits, block_tokens, is_masked, cu_seqlens, rule, threshold, *, mask_toke
     return None
 
 
-# What every wrapper below calls a part: eight int32 words that say what the logits of up to 8192
-# neighbouring token ids have to say about one row. Ranks gather these instead of logits.
+# A part: eight int32 words, what the logits of up to 8192 neighbouring token ids say about one row.
+# Ranks that share a vocabulary gather parts instead of logits.
 PART_LEN, PART_WORDS = 8192, 8
 
 
@@ -549,10 +549,10 @@ def commit_scan(
     Args:
         logits: `[rows, shard]` float32, bfloat16 or float16, any row stride, dense last dimension:
             column j is token `first_token_id + j`. A shard may have no columns.
-        first_token_id: of the shard; any number from 0 on. Where shards begin at multiples of
-            16384 (CPU; CUDA: all as long as each other, at multiples of 8192), `commit_parts_`
-            gives the bits of `commit_` in everything; elsewhere confidences and entropies can
-            differ in their last digits. What is chosen is the same always.
+        first_token_id: of the shard; any number from 0 on. Candidates are the same for every cut.
+            Where shards begin at multiples of 16384 (CUDA: are all of one length, a multiple of
+            8192, but for the last, which may be shorter), `commit_parts_` gives the bits of
+            `commit_` in everything; elsewhere confidences can differ in their last digits.
         num_parts: parts of each row, the same on every rank; 0: `num_parts(shard)`, as few as this
             shard needs.
 
