@@ -189,7 +189,12 @@ def test_nothing_of_a_checkpoint_is_executed(tmp_path: Path) -> None:
         ("tokenizer_config.json", '{"bos_token": 5}', "bos_token must be a token's text or an obj"),
         ("tokenizer_config.json", '{"eos_token": {"a": 1}}', "eos_token must be a token's text"),
         ("tokenizer_config.json", '{"added_tokens_decoder": []}', "added_tokens_decoder must be"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": "y"}}', "must have ids as keys"),
+        ("special_tokens_map.json", '{"eos_token": 5}', "special_tokens_map.json: eos_token must"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"x": "y"}}',
+            "an object with ids as keys",
+        ),
         ("tokenizer_config.json", '{"extra_special_tokens": 7}', "extra_special_tokens must be a"),
         ("special_tokens_map.json", "\xff", "must be text in UTF-8"),
         ("added_tokens.json", '{"a": "b"}', "'a' must have an id, got 'b'"),

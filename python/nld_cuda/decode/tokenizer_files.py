@@ -80,17 +80,10 @@ class _Named:
 
     @classmethod
     def read(cls, folder: Path) -> _Named:
-        file = folder / "tokenizer_config.json"
+        file, older_file = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
         fields = _json_object(file)
-        by_id: dict[int, AddedToken] = {}
-        if "added_tokens_decoder" in fields:
-            for key, value in _mapping(file, fields, "added_tokens_decoder").items():
-                if not key.isdecimal():
-                    raise ValueError(f"{file}: added_tokens_decoder must have ids as keys: {key!r}")
-                by_id[int(key)] = _token(file, f"added_tokens_decoder.{key}", value, special=False)
-            older = {}
-        else:  # how older versions of transformers stored the same
-            older = _json_object(folder / "special_tokens_map.json")
+        stored_by_id = "added_tokens_decoder" in fields  # older versions of transformers did not
+        older = {} if stored_by_id else _json_object(older_file)
         extra_name, extra = next(
             (
                 (name, where[name])
@@ -98,30 +91,51 @@ class _Named:
                 for name in ("extra_special_tokens", "additional_special_tokens")
                 if where.get(name)
             ),
-            ("", []),
+            ("extra_special_tokens", []),
         )
+        origin = dict.fromkeys(fields, file) | dict.fromkeys(older, older_file)
         fields = dict.fromkeys(_ORDER) | fields | older
         if isinstance(extra, dict):  # names of the model's own: as if they were fields
+            origin |= dict.fromkeys(extra, origin[extra_name])
             fields |= extra
             extra = []
         if not isinstance(extra, list):
-            raise ValueError(f"{file}: {extra_name} must be a list or an object, got {extra!r}")
+            raise ValueError(
+                f"{origin[extra_name]}: {extra_name} must be a list or an object, got {extra!r}"
+            )
         named = {
-            name: _token(file, name, value)
+            name: _token(origin[name], name, value)
             for name, value in fields.items()
             if name.endswith("_token") and value is not None and not isinstance(value, bool)
         }
-        extras = [_token(file, extra_name, value) for value in extra]
-        if "added_tokens_decoder" not in fields:
-            legacy = folder / "added_tokens.json"
-            known = {str(token) for token in (*named.values(), *extras)}
-            for text, number in _json_object(legacy).items():
-                if not isinstance(number, int) or isinstance(number, bool):
-                    raise ValueError(f"{legacy}: {text!r} must have an id, got {number!r}")
-                by_id[number] = AddedToken(
-                    text, normalized=text not in known, special=text in known
-                )
+        extras = [_token(origin[extra_name], extra_name, value) for value in extra]
+        if stored_by_id:
+            by_id = _tokens_by_id(file, fields["added_tokens_decoder"])
+        else:
+            special = {str(token) for token in (*named.values(), *extras)}
+            by_id = _older_tokens_by_id(folder / "added_tokens.json", special)
         return cls(named, by_id, extras, fields.get("split_special_tokens") is True)
+
+
+def _tokens_by_id(file: Path, found: Any) -> dict[int, AddedToken]:
+    if not isinstance(found, dict) or not all(key.isdecimal() for key in found):
+        raise ValueError(
+            f"{file}: added_tokens_decoder must be an object with ids as keys, got {found!r:.300}"
+        )
+    return {
+        int(key): _token(file, f"added_tokens_decoder.{key}", value, special=False)
+        for key, value in found.items()
+    }
+
+
+def _older_tokens_by_id(file: Path, special: set[str]) -> dict[int, AddedToken]:
+    tokens = {}
+    for text, number in _json_object(file).items():
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise ValueError(f"{file}: {text!r} must have an id, got {number!r}")
+        is_special = text in special
+        tokens[number] = AddedToken(text, normalized=not is_special, special=is_special)
+    return tokens
 
 
 def _add_named_tokens(backend: Backend, folder: Path) -> dict[str, str]:
@@ -222,10 +236,3 @@ def _quiet_transformers() -> Iterator[None]:
 def _json_object(file: Path) -> dict[str, Any]:
     """What a file holds; nothing where there is none."""
     return read_json_object(file) if has_file(file) else {}
-
-
-def _mapping(file: Path, fields: Mapping[str, Any], name: str) -> dict[str, Any]:
-    value = fields[name]
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: {name} must be an object, got {value!r}")
-    return value

@@ -109,7 +109,7 @@ class ImageProcessor:
             made = PixtralImageProcessorPil.from_dict(settings)(
                 images=[picture], patch_size={"height": edge, "width": edge}, return_tensors="pt"
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             raise ValueError(
                 f"generate: {name} cannot be prepared with the checkpoint's settings: {error}"
             ) from error

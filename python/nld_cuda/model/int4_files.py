@@ -45,7 +45,8 @@ class Int4Files:
         group_size = self.group_size(shape)
         if inputs % group_size or (self._is_gptq and (inputs % 8 or out % 8)):
             raise ValueError(
-                f"quantization_config: group_size {group_size} must divide a matrix {list(shape)}"
+                f"{self._files.files[0].parent / 'config.json'}: quantization_config: group_size "
+                f"{group_size} must divide a matrix {list(shape)}"
                 + (", whose sides must be multiples of 8" if self._is_gptq else "")
             )
         groups = inputs // group_size
