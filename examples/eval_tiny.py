@@ -87,10 +87,11 @@ def main() -> None:
     parser.add_argument("--block-length", type=int, default=16)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--kv-dtype", default="auto", choices=("auto", "fp8"))
+    parser.add_argument("--products", default="auto", choices=("auto", "dense", "fp8"))
     parser.add_argument("--calibrate", action="store_true", help="scales of fp8 from 8 problems")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
-    model = nld_cuda.load(args.model, kv_dtype=args.kv_dtype)
+    model = nld_cuda.load(args.model, kv_dtype=args.kv_dtype, products=args.products)
     problems = tasks.make_heldout(args.problems)
     if args.calibrate:
         nld_cuda.calibrate_kv(model, [p.prompt + p.answer for p in problems[:8]])
