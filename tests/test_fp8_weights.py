@@ -141,7 +141,7 @@ def test_checkpoints(config: dict[str, Any], tmp_path: Path) -> None:
     expanded = load_model(folder, "cpu", products="dense")
     assert isinstance(expanded.layers[0].down, Tensor)
     error = relative_error(logits_of(expanded, tokens), exact)
-    assert error <= 0.03 and relative_error(logits_of(model, tokens), exact) <= 1.2 * error
+    assert error <= 0.05 and relative_error(logits_of(model, tokens), exact) <= 1.5 * error
     if has_blocks:
         with pytest.raises(ValueError, match="products must be auto or dense, fp8 needs"):
             load_model(folder, "cpu", products="fp8")
