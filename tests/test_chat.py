@@ -81,7 +81,13 @@ def test_templates_render_as_in_transformers(
 def test_template_errors() -> None:
     with pytest.raises(ValueError, match=r"x\.jinja: must be a Jinja template: .*endfor"):
         ChatTemplate("{% for m in messages %}", origin="x.jinja")
+    for deep in ("{% if 1 %}" * 150 + "{% endif %}" * 150, "{{ " + "(" * 9999 + ")" * 9999 + " }}"):
+        with pytest.raises(ValueError, match="must be a Jinja template"):
+            ChatTemplate(deep)
     turns = [{"role": "assistant", "content": "a"}]
+    for broken in ("{{ 1 // 0 }}", "{{ messages[7].content.x }}", "{{ 'a'.format.x.y }}"):
+        with pytest.raises(ValueError, match="must accept the conversation"):
+            ChatTemplate(broken).render(turns)
     with pytest.raises(ValueError, match="must accept the conversation: turns must alternate"):
         ChatTemplate(STRICT).render(turns)
     for attack in (
