@@ -10,7 +10,7 @@ import torch
 
 import emulated
 import pretend_cuda
-from nld_cuda import _library, ops
+from nld_cuda import _library
 
 ISAS = ("baseline", "avx2", "avx512")
 
@@ -137,7 +137,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if chosen.name == "emulated":
         library = emulated.load()
         library.configure(order=chosen.order, landing=chosen.landing, seed=chosen.seed)
-        monkeypatch.setattr(ops, "_nld", library.ops)
+        monkeypatch.setattr(_library, "nld", library.ops)
         with library.gpu(chosen.capability):
             yield chosen
         return
@@ -157,7 +157,7 @@ def traffic(monkeypatch: pytest.MonkeyPatch) -> Callable:
     leaves `t.read_bytes` and `t.written_bytes`."""
     library = emulated.load("checked")
     library.configure()
-    monkeypatch.setattr(ops, "_nld", library.ops)
+    monkeypatch.setattr(_library, "nld", library.ops)
     return library.traffic
 
 

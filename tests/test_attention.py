@@ -24,7 +24,7 @@ from cases import (
     Request,
 )
 from compare import COMPILE_BACKEND, assert_accurate, assert_equal
-from nld_cuda import ops, reference
+from nld_cuda import _library, ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INT = torch.int32
@@ -324,7 +324,7 @@ def test_emulated_runs_are_equal(split_len: int, monkeypatch) -> None:
     case = AttentionCase("x", MIXED[:3], split_len=split_len, extra_rows=1)
     for dtype in (torch.float32, torch.bfloat16):
         args, options = make(case, dtype)
-        monkeypatch.setattr(ops, "_nld", emulated.Ops())
+        monkeypatch.setattr(_library, "nld", emulated.Ops())
         results = []
         for order in emulated.ORDERS:
             for landing in emulated.LANDINGS:

@@ -31,7 +31,7 @@ from cases import (
 )
 from compare import assert_equal
 from conftest import Backend
-from nld_cuda import ops
+from nld_cuda import _library, ops
 from test_attention import check, make, make_plan
 
 ROOT = Path(__file__).parents[1]
@@ -237,9 +237,9 @@ def test_traffic(tile_rows: int, gpu: int, size: int, backend) -> None:
     lse = torch.full((case.heads, out.shape[0]), torch.nan)
     library = emulated.load("checked")
     library.configure()
-    real = ops._nld
+    real = _library.nld
     try:
-        ops._nld = library.ops
+        _library.nld = library.ops
         with clusters(size, case, gpu, library):  # a plan made for other room would be followed
             plan, tiles = splits_of(args, options, case)
         with (
@@ -251,7 +251,7 @@ def test_traffic(tile_rows: int, gpu: int, size: int, backend) -> None:
         ):
             ops.block_attention(*args, **options, plan=plan, out=out, lse=lse)
     finally:
-        ops._nld = real
+        _library.nld = real
     check((out, lse), args, options)
     row_bytes = 2 * case.dim
     keys = sum(t["key_end"] for t in tiles)

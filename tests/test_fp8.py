@@ -252,7 +252,7 @@ def test_any_order_of_threads_and_copies(
 ) -> None:
     requests = (Request(rows, 203, CAUSAL), Request(rows, 131, QUADRATIC, 4))
     args, options, _ = make(AttentionCase("x", requests, dim=64), torch.bfloat16)
-    monkeypatch.setattr(ops, "_nld", emulated.Ops())
+    monkeypatch.setattr(_library, "nld", emulated.Ops())
     emulated.configure()
     with emulated.load().gpu(gpu):
         want = ops.block_attention(*args, **options)

@@ -32,7 +32,7 @@ import test_shards
 import test_verify
 from cases import ATTENTION_CORRECT, CAUSAL, FULL, QUADRATIC, AttentionCase, Request
 from conftest import Backend
-from nld_cuda import ops
+from nld_cuda import _library, ops
 from test_attention_cluster import BLACKWELL, HOPPER
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -362,7 +362,7 @@ def run(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(20261121)
     library = emulated.load(bug.how.variant)
     library.configure()
-    monkeypatch.setattr(ops, "_nld", library.ops)
+    monkeypatch.setattr(_library, "nld", library.ops)
     # Bodies that go to the library themselves get the variant too.
     monkeypatch.setattr(emulated, "Ops", lambda: library.ops)
     monkeypatch.setattr(emulated, "load", lambda variant=None: library)

@@ -9,7 +9,7 @@ import torch
 
 import emulated
 from compare import assert_equal
-from nld_cuda import ops, reference
+from nld_cuda import _library, ops, reference
 from nld_cuda.ops import CommitRule
 from test_sampler import EVERY_RULE, WRITTEN, Case, assert_same_result, make, run, small
 
@@ -134,7 +134,7 @@ def test_every_schedule_gives_the_same_bits(sampled: bool, monkeypatch: pytest.M
     """Whichever CTA comes last."""
     data = make(Case((3, 0, 5, 2), SLICE + 1, EVERY_RULE, sampled), torch.bfloat16)
     library = emulated.load()
-    monkeypatch.setattr(ops, "_nld", library.ops)
+    monkeypatch.setattr(_library, "nld", library.ops)
     expected = None
     try:
         for order in emulated.ORDERS:
@@ -155,7 +155,7 @@ def test_no_races(sampled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     anybody wrote it."""
     library = emulated.load("checked")
     library.configure()
-    monkeypatch.setattr(ops, "_nld", library.ops)
+    monkeypatch.setattr(_library, "nld", library.ops)
     tickets = torch.zeros(4, dtype=torch.int32)
     data = make(Case((3, 0, 5, 2), SLICE + 1, EVERY_RULE, sampled), torch.bfloat16)
     plain = run(reference.commit_, data)

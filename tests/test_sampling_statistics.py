@@ -16,7 +16,7 @@ from torch import Tensor
 import emulated
 import nld_cuda
 from decode_cases import TinyModel, tiny_model
-from nld_cuda import ops
+from nld_cuda import _library
 from nld_cuda.decode import linear_spec
 from nld_cuda.ops import Purpose
 from oracle import causal_mask
@@ -97,7 +97,7 @@ def test_emulated_kernels_draw_the_same_tokens(
     expected = draw(tiny, mode, 17, **options)
     library = emulated.load()
     library.configure()
-    monkeypatch.setattr(ops, "_nld", library.ops)
+    monkeypatch.setattr(_library, "nld", library.ops)
     actual = draw(tiny, mode, 17, **options)
     assert actual.tokens == expected.tokens
     assert len(set(map(tuple, actual.tokens))) > 15

@@ -50,7 +50,7 @@ def test_equals_the_cpu(
     planned = 0
     if device == "emulated":
         emulated.configure()
-        monkeypatch.setattr(ops, "_nld", emulated.Ops())
+        monkeypatch.setattr(_library, "nld", emulated.Ops())
         model = on_cpu()
         monkeypatch.setattr(model, "plans_attention", True)
     else:
@@ -84,7 +84,7 @@ def test_tensor_cores_emit_the_best_tokens(
     model = tiny.model
     if device == "emulated":
         emulated.configure()
-        monkeypatch.setattr(ops, "_nld", emulated.Ops())
+        monkeypatch.setattr(_library, "nld", emulated.Ops())
         monkeypatch.setattr(model, "plans_attention", True)
     else:
         model = copy.deepcopy(model).to("cuda")

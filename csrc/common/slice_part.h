@@ -8,7 +8,7 @@
 namespace nld {
 
 // Parts of a row are put together in order of their ids, also those that other processes hold (tensor parallel): as
-// words of an int32 tensor they go from process to process. Layout: ops.py (commit_scan).
+// words of an int32 tensor they go from process to process. Layout: ops/shards.py (commit_scan).
 struct alignas(16) SlicePart {
   float max, sum, dot;  // ExpSum of all its logits; -inf, 0, 0: none above -inf, or nobody asked
   float value;          // largest (tempered, noisy) value of an allowed id

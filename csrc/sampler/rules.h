@@ -1,8 +1,8 @@
 // The commit rules: one functor each, for CPU and CUDA. A rule judges one masked row from the figures of its request
 // alone, so rows can be judged in any order or side by side; nothing is sorted and nothing is stored.
 //
-// To add a rule: a functor here, a value in CommitRule, a `case` in cpu.cpp and kernel.cuh, a branch in reference.py, a
-// test parameter.
+// To add a rule: a functor here, a value in CommitRule, a `case` in cpu.cpp and kernel.cuh, a branch in
+// reference/sampler.py, a test parameter.
 #pragma once
 
 #include "common/philox.h"

@@ -69,3 +69,4 @@ def explain_missing_cuda(namespace: str) -> None:
 
 C: Any = _load()
 explain_missing_cuda("nld")
+nld: Any = torch.ops.nld  # what the wrappers call; tests put the emulated kernels here
