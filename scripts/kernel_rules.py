@@ -225,101 +225,68 @@ RULES: list[Rule] = [
     ),
     # ---- attention on tensor cores: two CTAs a multiprocessor where a warp's 16 rows allow it; 128
     # rows are 8 warps of one CTA. LDSM and HMMA of one tile of 64 keys (16-row tiles: of 16 keys).
-    Rule(
-        r"attention_mma_kernel<(\w+), \d+, 128, \1>",
-        min_ctas={"all": 1},
-        instructions={"LDSM": 2 * 16, "HMMA": 4 * 16, CP_ASYNC_16: 8},
-        dynamic_smem=attention_mma_smem,
-    ),
-    Rule(
-        r"attention_mma_kernel<(\w+), \d+, 64, \1>",
-        min_ctas={"all": 2},
-        instructions={"LDSM": 2 * 16, "HMMA": 4 * 16, CP_ASYNC_16: 8},
-        dynamic_smem=attention_mma_smem,
-    ),
-    Rule(
-        r"attention_mma_kernel<(\w+), \d+, 16, \1>",
-        min_ctas={"all": 2},
-        instructions={"LDSM": 2 * 4, "HMMA": 4 * 4, CP_ASYNC_16: 8},
-        dynamic_smem=attention_mma_smem,
+    *(
+        Rule(
+            rf"attention_mma_kernel<(\w+), \d+, {rows}, \1>",
+            min_ctas={"all": ctas},
+            instructions={"LDSM": 2 * steps, "HMMA": 4 * steps, CP_ASYNC_16: 8},
+            dynamic_smem=attention_mma_smem,
+        )
+        for rows, ctas, steps in ((128, 1, 16), (64, 2, 16), (16, 2, 4))
     ),
     # Of fp8 caches: the same room; 16 codes a thread are 8 products (HMUL2, or HFMA2 + -0), and
     # leave in 16-byte stores.
-    Rule(
-        r"attention_mma_kernel<bf16, \d+, 128, e4m3>",
-        min_ctas={"all": 1},
-        instructions={"LDSM": 2 * 16, "HMMA": 4 * 16, CP_ASYNC_16: 4, WIDEN: 8, "STS.128": 2},
-        dynamic_smem=attention_mma_smem,
-    ),
-    Rule(
-        r"attention_mma_kernel<bf16, \d+, 64, e4m3>",
-        min_ctas={"all": 2},
-        instructions={"LDSM": 2 * 16, "HMMA": 4 * 16, CP_ASYNC_16: 4, WIDEN: 8, "STS.128": 2},
-        dynamic_smem=attention_mma_smem,
-    ),
-    Rule(
-        r"attention_mma_kernel<bf16, \d+, 16, e4m3>",
-        min_ctas={"all": 2},
-        instructions={"LDSM": 2 * 4, "HMMA": 4 * 4, CP_ASYNC_16: 4, WIDEN: 8, "STS.128": 2},
-        dynamic_smem=attention_mma_smem,
+    *(
+        Rule(
+            rf"attention_mma_kernel<bf16, \d+, {rows}, e4m3>",
+            min_ctas={"all": ctas},
+            instructions={
+                "LDSM": 2 * steps,
+                "HMMA": 4 * steps,
+                CP_ASYNC_16: 4,
+                WIDEN: 8,
+                "STS.128": 2,
+            },
+            dynamic_smem=attention_mma_smem,
+        )
+        for rows, ctas, steps in ((128, 1, 16), (64, 2, 16), (16, 2, 4))
     ),
     # ---- attention on Hopper's: registers are those of the launch; setmaxnreg shares them out.
     # HGMMA of one tile of 128 keys before the loop, one inside and the last product with V; TMA of
     # K and V; 16-byte copies of single rows.
-    Rule(
-        r"attention_wgmma_kernel<(\w+), \d+, 128, \1>",
-        min_ctas={"all": 1},
-        instructions={
-            r"HGMMA\.64x128x16": 2 * 4,
-            r"HGMMA\.64x\d+x16": 2 * 4 + 2 * 8,
-            r"UTMALDG\.4D": 1,
-            CP_ASYNC_16: 8,
-            "USETMAXREG": 2,
-        },
-        dynamic_smem=attention_wgmma_smem,
-        schedule=WGMMA_OVERLAP,
-        only=("sm_90a",),
-    ),
-    Rule(
-        r"attention_wgmma_kernel<(\w+), \d+, 64, \1>",
-        min_ctas={"all": 2},
-        instructions={
-            r"HGMMA\.64x128x16": 2 * 4,
-            r"HGMMA\.64x\d+x16": 2 * 4 + 2 * 8,
-            r"UTMALDG\.4D": 1,
-            CP_ASYNC_16: 8,
-            "USETMAXREG": 2,
-        },
-        dynamic_smem=attention_wgmma_smem,
-        schedule=WGMMA_OVERLAP,
-        only=("sm_90a",),
+    *(
+        Rule(
+            rf"attention_wgmma_kernel<(\w+), \d+, {rows}, \1>",
+            min_ctas={"all": ctas},
+            instructions={
+                r"HGMMA\.64x128x16": 2 * 4,
+                r"HGMMA\.64x\d+x16": 2 * 4 + 2 * 8,
+                r"UTMALDG\.4D": 1,
+                CP_ASYNC_16: 8,
+                "USETMAXREG": 2,
+            },
+            dynamic_smem=attention_wgmma_smem,
+            schedule=WGMMA_OVERLAP,
+            only=("sm_90a",),
+        )
+        for rows, ctas in ((128, 1), (64, 2))
     ),
     # Of fp8 caches: no copy engine; 16-byte copies of codes, products that widen them.
-    Rule(
-        r"attention_wgmma_kernel<bf16, \d+, 128, e4m3>",
-        min_ctas={"all": 1},
-        instructions={
-            r"HGMMA\.64x\d+x16": 2 * 4 + 2 * 8,
-            CP_ASYNC_16: 4,
-            WIDEN: 8,
-            "STS.128": 2,
-            "USETMAXREG": 2,
-        },
-        dynamic_smem=attention_wgmma_smem,
-        only=("sm_90a",),
-    ),
-    Rule(
-        r"attention_wgmma_kernel<bf16, \d+, 64, e4m3>",
-        min_ctas={"all": 2},
-        instructions={
-            r"HGMMA\.64x\d+x16": 2 * 4 + 2 * 8,
-            CP_ASYNC_16: 4,
-            WIDEN: 8,
-            "STS.128": 2,
-            "USETMAXREG": 2,
-        },
-        dynamic_smem=attention_wgmma_smem,
-        only=("sm_90a",),
+    *(
+        Rule(
+            rf"attention_wgmma_kernel<bf16, \d+, {rows}, e4m3>",
+            min_ctas={"all": ctas},
+            instructions={
+                r"HGMMA\.64x\d+x16": 2 * 4 + 2 * 8,
+                CP_ASYNC_16: 4,
+                WIDEN: 8,
+                "STS.128": 2,
+                "USETMAXREG": 2,
+            },
+            dynamic_smem=attention_wgmma_smem,
+            only=("sm_90a",),
+        )
+        for rows, ctas in ((128, 1), (64, 2))
     ),
     # ---- attention around them. Combine is latency-bound: 8 partial rows a warp on their way. The
     # general kernel holds 16 + 32 rows of float32 in shared memory, of at most 64, 128, 512 dims.
