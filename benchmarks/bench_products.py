@@ -43,7 +43,7 @@ def products(shape: tuple[int, int], device: torch.device) -> dict[str, Product]
     """Every way to multiply with one random matrix, the dense one first, and its own weights."""
     weight = torch.randn(shape) / shape[1] ** 0.5
     codes, scales = int4.quantize(weight, GROUP_SIZE)
-    small = int4.make_matrix(codes, scales, device)
+    small = int4.make_matrix(int4.pack_words(codes), scales, device)
     fp8_codes, fp8_scales = fp8.quantize(weight)
     narrow = fp8.Fp8Matrix(fp8_codes.to(device), fp8_scales.float().to(device))
     dense = weight.bfloat16().to(device)

@@ -16,6 +16,7 @@ from torch import Tensor
 from compare import assert_equal
 from nld_cuda.model import ModelConfig, NLDModel, load_model
 from nld_cuda.model.checkpoint import _count, _plan, resolve_device
+from nld_cuda.quantize import quantize
 from tiny_model import config_fields, random_lora, random_weights, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -305,10 +306,18 @@ def test_adapter_tensors_and_rslora(tmp_path: Path) -> None:
 def test_loading_takes_the_memory_of_the_weights(tmp_path: Path) -> None:
     """The benchmark itself, on a layer of the 3B model: no second copy, no file kept mapped."""
     out = tmp_path / "load.json"
-    command = [sys.executable, str(ROOT / "benchmarks/bench_load.py"), "--model", "3B"]
-    command += ["--layers", "1", "--vocab", "2000", "--dir", str(tmp_path / "model")]
-    command += ["--dtype", "float32", "--out", str(out)]  # converted on the way: the harder case
-    subprocess.run(command, check=True, capture_output=True)
-    record = json.loads(out.read_text())
+
+    def measured(*options: str) -> dict[str, Any]:
+        command = [sys.executable, str(ROOT / "benchmarks/bench_load.py"), *options]
+        subprocess.run([*command, "--out", str(out)], check=True, capture_output=True)
+        record: dict[str, Any] = json.loads(out.read_text())
+        return record
+
+    model = ["--model", "3B", "--layers", "1", "--vocab", "2000", "--dir", str(tmp_path / "model")]
+    record = measured(*model, "--dtype", "float32")  # converted on the way: the harder case
     assert record["weight_bytes"] > 400 * 2**20 and record["dtype"] == "float32"
     assert 0.99 <= record["peak_over_weights"] <= 1.1
+    # 4 bits: the words of one matrix (at most 27 MiB) beside the weights, and a slice unpacked.
+    quantize(tmp_path / "model", tmp_path / "int4")
+    record = measured("--checkpoint", str(tmp_path / "int4"))
+    assert record["weight_bytes"] < record["peak_bytes"] < record["weight_bytes"] + 110 * 2**20

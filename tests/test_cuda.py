@@ -187,7 +187,8 @@ def test_quantized_product_in_a_graph(format: str, rows: int) -> None:
     """A replay reads the rows anew, and equals the call."""
     weight, device = torch.randn(256, 512), torch.device("cuda")
     if format == "int4":
-        product = int4.make_matrix(*int4.quantize(weight, 128), device).product
+        codes, scales = int4.quantize(weight, 128)
+        product = int4.make_matrix(int4.pack_words(codes), scales, device).product
     else:
         codes, scales = fp8.quantize(weight)
         way = fp8.scaled_product(device) if format == "fp8 scaled" else None

@@ -36,7 +36,7 @@ def test_words_are_those_of_compressed_tensors(rows: int, count: int, seed: int)
     words = int4.pack_words(codes)
     assert_equal(words, pack_to_int32((codes - 8).to(torch.int8), 4), "words")
     theirs = (unpack_from_int32(words, 4, torch.Size((rows, count))) + 8).to(torch.uint8)
-    assert_equal(int4.from_compressed_tensors(words, count), theirs, "codes")
+    assert_equal(int4.unpack_words(words, count), theirs, "codes")
     assert_equal(theirs, codes.to(torch.uint8), "codes again")
 
 
@@ -130,7 +130,7 @@ def test_gptq_inputs_out_of_order(tmp_path: Path) -> None:
     groups = tensors[base + "g_idx"] = tensors[base + "g_idx"][torch.randperm(96)]
     save_file(tensors, folder / "model.safetensors")
     assert_parts_make_up(folder)
-    codes = int4.from_gptq(tensors[base + "qweight"]).float() - 8
+    codes = int4.unpack_words(tensors[base + "qweight"].t(), 96).float() - 8
     expected = codes * tensors[base + "scales"].float().t()[:, groups.long()]
     down = load_model(folder, "cpu", "float32").layers[1].down
     assert isinstance(down, Tensor)

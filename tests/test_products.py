@@ -36,7 +36,7 @@ def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def check_product(outs: int, rows: int, group_size: int, device: torch.device) -> None:
     weight = torch.randn(outs, 512)
     codes, scales = int4.quantize(weight, group_size)
-    matrix = int4.make_matrix(codes, scales, device)
+    matrix = int4.make_matrix(int4.pack_words(codes), scales, device)
     dense = int4.dequantize(codes, scales)
     assert (dense - weight).abs().max() <= scales.float().max() * 1.02, "half a step, clipped: one"
     x = torch.randn(rows, 512).bfloat16()
@@ -66,7 +66,8 @@ def test_product_of_many_rows(outs: int, device: str, slices: None) -> None:
     block = int4.packed_block(place)
     assert block in ((8,) if device == "cuda" else (64, 32) if has_simd else (0,))
     check_product(outs, max(int4.MOST_ROWS_CPU, int4.MOST_ROWS_GPU) + 1, 64, place)
-    matrix = int4.make_matrix(*int4.quantize(torch.randn(outs, 512), 64), place)
+    codes, scales = int4.quantize(torch.randn(outs, 512), 64)
+    matrix = int4.make_matrix(int4.pack_words(codes), scales, place)
     assert matrix.product(torch.empty(0, 512, device=place).bfloat16()).shape == (0, outs)
     for begin in range(0, outs - outs % block, block) if block else ():
         x = torch.eye(512, device=place).bfloat16()

@@ -101,21 +101,29 @@ def can_multiply(shape: tuple[int, int], group_size: int, device: torch.device) 
     return out % 16 == 0 if device.type == "cpu" else out % 8 == 0 and inputs % 128 == 0
 
 
-def make_matrix(codes: Tensor, scales: Tensor, device: torch.device) -> Int4Matrix:
+def make_matrix(words: Tensor, scales: Tensor, device: torch.device) -> Int4Matrix:
     """Lay out a matrix for `product`.
 
     Args:
-        codes: `[out, in]` uint8, 0 to 15.
+        words: codes `[out, in / 8]`, as of `pack_words`.
         scales: `[out, in / group_size]`.
         device: where the products will run.
     """
-    out, inputs = codes.shape
-    group_size = inputs // scales.shape[1]
-    # Some outputs at a time: torch packs whole blocks of them alike, from four bytes a code.
-    packed = torch.cat([_pack(part, device) for part in codes.split(1024)])
+    out, inputs = words.shape[0], 8 * words.shape[1]
+    # Some outputs at a time: torch packs whole blocks of them alike, from four bytes a code. Into
+    # one tensor: small ones that stay between large ones that go leave holes in the heap.
+    step = max(64, slice_len(device) // inputs // 64 * 64)
+    if device.type == "cpu":
+        packed = torch.empty(out, inputs // 2, dtype=torch.uint8)
+        targets = packed.split(step)
+    else:
+        packed = torch.empty(out // 8, inputs // 128, 32, 4, dtype=torch.int32, device=device)
+        targets = packed.split(step // 8)
+    for target, part in zip(targets, words.split(step), strict=True):
+        target.copy_(_pack(unpack_words(part, inputs), device))
     columns = scales.t().to(device=device, dtype=torch.bfloat16)
     pairs = torch.stack([columns, torch.zeros_like(columns)], dim=2).contiguous()
-    return Int4Matrix(packed, pairs, group_size, (out, inputs), packed_block(device))
+    return Int4Matrix(packed, pairs, inputs // scales.shape[1], (out, inputs), packed_block(device))
 
 
 def _pack(codes: Tensor, device: torch.device) -> Tensor:
@@ -196,16 +204,6 @@ def unpack_words(words: Tensor, count: int) -> Tensor:
     """Codes `[rows, count]` uint8 of words of 32 bits `[rows, ceil(count / 8)]`."""
     pairs = words.int().contiguous().view(torch.uint8)
     return torch.stack([pairs & 15, pairs >> 4], dim=2).view(words.shape[0], -1)[:, :count]
-
-
-def from_compressed_tensors(packed: Tensor, count: int) -> Tensor:
-    """Codes `[out, in]` of `weight_packed` `[out, ceil(in / 8)]` (pack-quantized, symmetric)."""
-    return unpack_words(packed, count)
-
-
-def from_gptq(qweight: Tensor) -> Tensor:
-    """Codes `[out, in]` of GPTQ's `qweight` `[in / 8, out]`."""
-    return unpack_words(qweight.t(), 8 * qweight.shape[0])
 
 
 def gptq_zeros(qzeros: Tensor, out: int, is_version_2: bool) -> Tensor:

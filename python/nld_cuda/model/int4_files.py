@@ -74,7 +74,7 @@ class Int4Files:
 
         It has none for inputs that are not grouped in order (GPTQ's act-order).
 
-        Raises: as `read`.
+        Raises: as `scales`.
         """
         if not all(self._is_in_order(name, piece.shape) for name, piece in pieces.items()):
             return None
@@ -83,36 +83,40 @@ class Int4Files:
         # Holds for no piece that begins inside of a group: it has no whole number of them.
         if not int4.can_multiply((rows, first.size[1]), self.group_size(first.shape), device):
             return None
-        parts = [self._read_piece(name, piece) for name, piece in pieces.items()]
-        codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return int4.make_matrix(codes, scales, device)
+        words = torch.empty(rows, first.size[1] // 8, dtype=torch.int32)
+        scales, begin = [], 0
+        for name, piece in pieces.items():
+            part = slice(begin, begin + piece.size[0])
+            outs, inputs = piece.window
+            group_size = self.group_size(piece.shape)
+            groups = slice(inputs.start // group_size, inputs.stop // group_size)
+            scales.append(self.scales(name, piece.shape)[outs, groups])
+            self._copy_words(name, words[part], piece)
+            begin = part.stop
+        return int4.make_matrix(words, torch.cat(scales), device)
 
     def copy_to(self, name: str, target: Tensor, piece: Piece) -> None:
         """Write the dense piece, each weight rounded once to the dtype of `target`.
 
-        Raises: as `read`.
+        Raises: as `scales`.
         """
-        rows, columns = piece.window
-        stored = (tensor[rows].split(_ROWS) for tensor in self.read(name, piece.shape))
-        for part, codes, scales in zip(target.split(_ROWS), *stored, strict=True):
-            part.copy_(int4.dequantize(codes, scales)[:, columns])
+        outs, inputs = piece.window  # it may begin inside of a word or group: whole rows are read
+        rows = Piece(piece.shape, (outs.start, 0), (piece.size[0], piece.shape[1]))
+        scales = self.scales(name, piece.shape)[outs]
+        all_words = torch.empty(piece.size[0], -(-piece.shape[1] // 8), dtype=torch.int32)
+        self._copy_words(name, all_words, rows)
+        stored = all_words.split(_ROWS), scales.split(_ROWS)
+        for part, words, part_scales in zip(target.split(_ROWS), *stored, strict=True):
+            codes = int4.unpack_words(words, piece.shape[1])
+            part.copy_(int4.dequantize(codes, part_scales)[:, inputs])
 
-    def _read_piece(self, name: str, piece: Piece) -> tuple[Tensor, Tensor]:
-        """Codes and scales of a piece that begins and ends between groups."""
-        codes, scales = self.read(name, piece.shape)
-        group_size = self.group_size(piece.shape)
-        rows, columns = piece.window
-        groups = slice(columns.start // group_size, columns.stop // group_size)
-        return codes[rows, columns], scales[rows, groups]
-
-    def read(self, name: str, shape: Shape) -> tuple[Tensor, Tensor]:
-        """Codes `[out, in]` uint8 and scales `[out, groups]`, `[out, in]` for inputs out of order.
+    def scales(self, name: str, shape: Shape) -> Tensor:
+        """Scales of a matrix `[out, groups]`, or `[out, in]` for inputs out of order.
 
         Raises:
             ValueError: another shape is recorded, or a scale or group that cannot be.
             NotImplementedError: it has zeros other than 8.
         """
-        out, inputs = shape
 
         def tensor(suffix: str) -> Tensor:
             return self._files.read(self._stored(name, suffix))
@@ -124,25 +128,33 @@ class Int4Files:
                     f"{self._files.where(self._stored(name, 'weight_shape'))} must be "
                     f"{list(shape)}, got {list(recorded)}"
                 )
-            codes = int4.from_compressed_tensors(tensor("weight_packed"), inputs)
-            return codes, self._finite(self._stored(name, "weight_scale"))
-        zeros = int4.gptq_zeros(tensor("qzeros"), out, self._config.format == "gptq_v2")
+            return self._finite(self._stored(name, "weight_scale"))
+        zeros = int4.gptq_zeros(tensor("qzeros"), shape[0], self._config.format == "gptq_v2")
         if not bool((zeros == int4.ZERO).all()):
             raise NotImplementedError(
                 f"{self._files.where(self._stored(name, 'qzeros'))} must hold zeros of {int4.ZERO} "
                 f"(sym true), got {int(zeros[zeros != int4.ZERO][0])}"
             )
-        codes = int4.from_gptq(tensor("qweight"))
         scales = self._finite(self._stored(name, "scales")).t().contiguous()
         if self._is_in_order(name, shape):
-            return codes, scales
+            return scales
         groups = tensor("g_idx").long()
         if bool(((groups < 0) | (groups >= scales.shape[1])).any()):
             raise ValueError(
                 f"{self._files.where(self._stored(name, 'g_idx'))} must hold groups in [0, "
                 f"{scales.shape[1]}), got {int(groups.min())} to {int(groups.max())}"
             )
-        return codes, scales[:, groups]
+        return scales[:, groups]
+
+    def _copy_words(self, name: str, target: Tensor, piece: Piece) -> None:
+        """Write the words of 8 codes of a piece, whose inputs begin between words, to `target`."""
+        outs, inputs = piece.window
+        shape = piece.shape[0], -(-piece.shape[1] // 8)
+        begin = outs.start, inputs.start // 8
+        if self._is_gptq:
+            shape, begin, target = shape[::-1], begin[::-1], target.t()
+        part = Piece(shape, begin, tuple(target.shape))
+        self._files.copy_to(self._stored(name, self._marker), target, part)
 
     def _is_in_order(self, name: str, shape: Shape) -> bool:
         """Whether inputs that share a scale follow each other."""
