@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,25 @@ def test_quantize_goes_on_where_it_stopped(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"same call, it has .*d/config.json"):
         quantize(source, tmp_path / "d", group_size=32)
     assert (tmp_path / "d/config.json").read_text() == "{}"
+    write_checkpoint(source, fields, random_weights(fields), shards=4)  # other weights, same names
+    with pytest.raises(ValueError, match=r"same call, .*bytes written at"):
+        quantize(source, target, group_size=32)
+
+
+def test_quantize_copies_no_other_weights(tmp_path: Path) -> None:
+    """What downloads and other tools leave beside a checkpoint; the adapter belongs to it."""
+    source = tmp_path / "a"
+    shutil.copytree(TINY, source)
+    for name in (".git/objects/ab", "original/consolidated.00.pth", "original/params.json"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("{}")
+    quantize(source, tmp_path / "b", group_size=32)
+    copied = {str(f.relative_to(tmp_path / "b")) for f in (tmp_path / "b").rglob("*")}
+    assert {"linear_spec_lora/adapter_model.safetensors", "original/params.json"} <= copied
+    assert not copied & {".git", "original/consolidated.00.pth"}
+    with pytest.raises(ValueError, match=r"and not inside of it, got .*a/b"):
+        quantize(source, source / "b", group_size=32)
+    assert not (source / "b").exists()
 
 
 def test_quantize_errors(tmp_path: Path, capsys: Any) -> None:

@@ -77,7 +77,8 @@ def quantize(
 
     Raises:
         FileNotFoundError: source has no checkpoint.
-        ValueError: a rule above is broken, or target is source or holds another checkpoint.
+        ValueError: a rule above is broken, or target is source, inside of it, or holds another
+            checkpoint (also one of files that have changed since).
     """
     folder, out = checkpoint_folder(source), Path(target)
     config = ModelConfig.from_file(folder)
@@ -93,8 +94,10 @@ def quantize(
             raise ValueError(f"quantize: group_size must be one of {GROUP_SIZES}, got {group_size}")
     if head and config.tie_word_embeddings:
         raise ValueError("quantize: head must be False where it is tied to the embedding, got True")
-    if out.exists() and out.samefile(folder):
-        raise ValueError(f"quantize: target must be another folder than source, got {out}")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"quantize: target must be another folder than source and not inside of it, got {out}"
+        )
     kept = {EMBEDDING} | (set() if head else {HEAD})
     matrices = {n: s for n, s in matrix_shapes(config).items() if n not in kept}
     for name, shape in matrices.items():
@@ -108,8 +111,9 @@ def quantize(
     if missing := [name for name in matrices if name not in files]:
         raise ValueError(f"{folder}: must hold {missing[0]} ({len(missing)} matrices are missing)")
     settings = f"int4 group_size={group_size}" if format == "int4" else format
-    mark = f"{settings} head={head} of {folder.resolve()}"
-    resumed = _resumed_shards(out, files.files, mark)
+    of_what = f"{settings} head={head} of {folder.resolve()}"
+    marks = {file.name: f"{of_what}, {_version(file)}" for file in files.files}
+    resumed = _resumed_shards(out, marks)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").unlink(missing_ok=True)
     total = sum(file.stat().st_size for file in files.files)
@@ -124,7 +128,7 @@ def quantize(
                 done += files.num_bytes(name)
                 if progress is not None:
                     progress(min(done, total), total)
-            _save_whole(out / file.name, tensors, mark)
+            _save_whole(out / file.name, tensors, marks[file.name])
             written = list(tensors)
             del tensors
         else:
@@ -188,16 +192,21 @@ def _stored(
     }
 
 
-def _resumed_shards(out: Path, shards: list[Path], mark: str) -> dict[str, list[str]]:
-    """Names in each shard that an earlier, equal call has written.
+def _version(file: Path) -> str:
+    """What changes when another file takes the place of this one."""
+    stat = file.stat()
+    return f"{stat.st_size} bytes written at {stat.st_mtime_ns}"
+
+
+def _resumed_shards(out: Path, marks: dict[str, str]) -> dict[str, list[str]]:
+    """Names in each shard that an earlier, equal call has written. `marks`: of each shard.
 
     Raises:
         ValueError: the folder holds something else; it is left as it is.
     """
-    names = {shard.name for shard in shards}
-    found = {name: _written_names(out / name, mark) for name in sorted(names)}
+    found = {name: _written_names(out / name, mark) for name, mark in sorted(marks.items())}
     resumed = {name: written for name, written in found.items() if written is not None}
-    others = [file for file in out.glob("*.safetensors") if file.name not in names]
+    others = [file for file in out.glob("*.safetensors") if file.name not in marks]
     if (out / "config.json").exists() and not resumed:
         others.append(out / "config.json")
     if others:
@@ -230,9 +239,17 @@ def _save_whole(file: Path, tensors: dict[str, Tensor], mark: str) -> None:
 
 def _copy_the_rest(folder: Path, out: Path) -> None:
     """Tokenizer, templates, adapter: everything but weights and what is written anew."""
+
+    def other_weights(_: str, names: list[str]) -> list[str]:
+        """What lies beside the checkpoint in other forms, as `original/` in Llama's."""
+        weights = [name for name in names if Path(name).suffix in _WEIGHT_SUFFIXES]
+        return [name for name in weights if not name.startswith("adapter_model.")]
+
     for item in folder.iterdir():
+        if item.name.startswith("."):  # of version control and downloads: the weights once more
+            continue
         if item.is_dir():
-            shutil.copytree(item, out / item.name, dirs_exist_ok=True)
+            shutil.copytree(item, out / item.name, dirs_exist_ok=True, ignore=other_weights)
         elif item.suffix not in _WEIGHT_SUFFIXES and item.name not in (INDEX_NAME, "config.json"):
             shutil.copy2(item, out / item.name)
 
