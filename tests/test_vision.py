@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
@@ -313,6 +314,7 @@ def test_how_prompts_are_laid_out(tiny: tuple[NLDModel, Any], tmp_path: Path) ->
         ("[IMG]", [3.5], TypeError, "an image must be a file, a PIL picture or a tensor.*float"),
         ("[IMG]", [torch.zeros(3, 8, 8).int()], TypeError, "floating-point pixels, got torch.int"),
         ("[IMG]", [torch.zeros(3, 8, 12)], ValueError, r"\[3, 8 \* n, 8 \* m\], got \[3, 8, 12\]"),
+        ("[IMG]", [torch.full((3, 8, 8), torch.nan)], ValueError, "must have finite pixels"),
         ("[IMG]", [torch.zeros(1, 3, 8, 8)], ValueError, r"got \[1, 3, 8, 8\]"),
         ("[IMG]", [torch.zeros(3, 0, 8)], ValueError, r"got \[3, 0, 8\]"),
         ("[IMG]", ["no/such.png"], FileNotFoundError, "must be a file, found none at no/such"),
@@ -568,6 +570,23 @@ def test_a_quantised_copy_sees_as_well(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert any("vision_tower" in name for name in written["ignore"]), "other readers must know"
     nld_cuda.generate(small, "t4 [IMG]", images=picture(2, 2), max_new_tokens=4)
+
+
+@pytest.mark.parametrize("how", [{"group_size": 32}, {"format": "fp8"}])
+def test_transformers_reads_a_quantised_copy_of_its_own_layout(
+    how: dict[str, Any], tmp_path: Path
+) -> None:
+    """All of it: the head is left out by its name in the file and by its name in the model."""
+    torch.manual_seed(3)
+    fields = vision_fields(hidden_size=64, intermediate_size=64, head_dim=16)
+    theirs(fields, vision_weights(fields)).save_pretrained(tmp_path / "in")
+    quantize(tmp_path / "in", tmp_path / "out", **how)
+    other, report = transformers.Mistral3ForConditionalGeneration.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    head = nld_cuda.load(tmp_path / "in").head
+    assert torch.equal(other.lm_head.weight, head)
 
 
 def test_chat(

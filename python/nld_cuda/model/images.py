@@ -127,6 +127,8 @@ class ImageProcessor:
                 f"generate: {name} must have pixels [{channels}, {edge} * n, {edge} * m], "
                 f"got {shape}"
             )
+        if not bool(pixels.isfinite().all()):
+            raise ValueError(f"generate: {name} must have finite pixels, got NaN or infinity")
         return pixels
 
 
