@@ -65,6 +65,7 @@ def test_config_spellings() -> None:
     assert ModelConfig.from_dict(config_fields(eos_token_id=None)).eos_token_ids == ()
     llama = config_fields(rope_parameters=None, model_type="llama")
     assert ModelConfig.from_dict(llama).rope == RopeConfig("default", 10000.0, 16)
+    assert ModelConfig.from_dict(llama | {"rms_norm_eps": None}).rms_norm_eps == 1e-6
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,10 @@ def quantize(
         (out / INDEX_NAME).write_text(json.dumps(index, indent=1))
     _copy_the_rest(folder, out)
     fields = read_json_object(folder / "config.json")
-    ignored = [] if head else [_head_name(files, config)]
+    head_name = _head_name(files, config).removesuffix(".weight")
+    # By the name in the file, and without the prefixes that readers take off.
+    names = [head_name, head_name.rpartition(".")[2]]
+    ignored = [] if head else list(dict.fromkeys(names))
     if config.vision is not None:
         ignored += ["re:.*vision_tower.*", "re:.*multi_modal_projector.*"]
     fields["quantization_config"] = _quantization_config(group_size, ignored)
@@ -276,5 +279,5 @@ def _quantization_config(group_size: int | None, ignored: list[str]) -> dict[str
         "format": name,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": [name.removesuffix(".weight") for name in ignored],
+        "ignore": ignored,
     }

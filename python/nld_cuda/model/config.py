@@ -18,6 +18,8 @@ TRI_MODE_VISION_TYPE = "nemotron_labs_diffusion_vlm"
 TRI_MODE_TYPES = ("nemotron_labs_diffusion", TRI_MODE_VISION_TYPE)
 # The same layers without a mask token, in transformers' own layout: mode ar only.
 CAUSAL_TYPES = ("ministral3", "mistral", "llama")
+# Of these alone the defaults of older files, which leave fields out, are the same everywhere.
+OLD_TYPES = ("mistral", "llama")
 # With a vision tower; the fields of the text are in an object of their own or among the rest.
 CAUSAL_VISION_TYPE = "mistral3"
 MOST_LAYERS = 10_000  # no file holds the tensors of more
@@ -161,6 +163,7 @@ class ModelConfig:
         head_dim = read.count("head_dim", default=derived)
         vocab_size = read.count("vocab_size")
         max_positions = read.count("max_position_embeddings")
+        default_eps = 1e-6 if read.get("model_type") in OLD_TYPES else 1e-5
         return ModelConfig(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
@@ -169,7 +172,7 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=read.number("rms_norm_eps", default=1e-5, minimum=0.0),
+            rms_norm_eps=read.number("rms_norm_eps", default=default_eps, minimum=0.0),
             max_position_embeddings=max_positions,
             tie_word_embeddings=read.flag("tie_word_embeddings", default=False),
             dtype=_dtype(read),
@@ -263,8 +266,7 @@ def _rope(read: Fields, head_dim: int, max_positions: int) -> RopeConfig:
     if high_freq_factor <= low_freq_factor:
         rope.fail("high_freq_factor", f"be > low_freq_factor {low_freq_factor}", high_freq_factor)
     beta = rope.optional_number("llama_4_scaling_beta") or 0.0
-    # Of these families alone the default of older files is known to be the same everywhere.
-    default_theta = 10000.0 if read.get("model_type") in ("mistral", "llama") else None
+    default_theta = 10000.0 if read.get("model_type") in OLD_TYPES else None
     original_len = rope.get("original_max_position_embeddings")
     if original_len is None and (kind in ("yarn", "llama3") or beta):
         original_len = max_positions
