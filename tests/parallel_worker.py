@@ -155,6 +155,8 @@ def only_in_parallel(folder: Path, group: Any, load: Load) -> dict[str, Any]:
     error_of("heads", lambda: load("nld-tiny"))
     error_of("no_group", lambda: load("nld-tiny", process_group="nccl"))
     error_of("one_folder_missing", lambda: load(folder / ("plain", "nowhere")[rank]))
+    error_of("other_model", lambda: load(folder / ("plain", "tied")[rank]))
+    error_of("other_dtype", lambda: load(folder / "plain", dtype=("float32", "bfloat16")[rank]))
     error_of("other_prompts", lambda: generate([5 + rank]))
     session = nld_cuda.Session(model)
     error_of("other_session", lambda: generate([5], session=(session, None)[rank]))

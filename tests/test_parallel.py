@@ -134,6 +134,8 @@ def test_a_rank_takes_the_memory_of_its_part(folder: Path, ranks: list[dict]) ->
             "one_folder_missing", ["RuntimeError", "FileNotFoundError"],
             "load: path_or_name must be a checkpoint folder",
         ),
+        ("other_model", ["ValueError"] * 2, "load: checkpoint and options must be the same on all"),
+        ("other_dtype", ["ValueError"] * 2, "load: checkpoint and options must be the same on all"),
         ("other_prompts", ["ValueError"] * 2, "prompts and options must be the same on all ranks"),
         ("other_session", ["ValueError"] * 2, "prompts and options must be the same on all ranks"),
         ("other_options", ["ValueError"] * 2, "prompts and options must be the same on all ranks"),

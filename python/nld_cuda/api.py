@@ -15,7 +15,7 @@ from nld_cuda.decode.generate import GenerateResult, generate
 from nld_cuda.decode.text import Tokenizer
 from nld_cuda.model.checkpoint import load_model
 from nld_cuda.model.transformer import NLDModel as _Transformer
-from nld_cuda.parallel.group import check_group, together
+from nld_cuda.parallel.group import check_group, gather_objects, require_equal, together
 
 ASSETS = Path(__file__).parent / "assets"
 PACKAGED = ("nld-tiny",)
@@ -237,7 +237,8 @@ def load(
         FileNotFoundError: no such folder or name, or a file is missing in it.
         TypeError: path_or_name is no path, process_group no group.
         ValueError: config, tensors, tokenizer, device, dtype, kv_dtype or products break a rule
-            (all are named); heads or inner units cannot be divided by the number of processes.
+            (all are named); heads or inner units cannot be divided by the number of processes;
+            other processes of the group load another model.
         NotImplementedError: the checkpoint or device needs what this package does not have.
         RuntimeError: another process of the group has failed.
     """
@@ -262,4 +263,8 @@ def load(
     if process_group is None:
         return read()
     check_group(process_group)
-    return together(process_group, "load", read)
+    model = together(process_group, "load", read)
+    assert model.shard is not None
+    held = (model.shard.full, model.dtype, model.kv_dtype, model.has_lora, products)
+    require_equal(gather_objects(process_group, held), "load: checkpoint and options")
+    return model

@@ -13,7 +13,7 @@ from nld_cuda.decode.run import MODES, Run
 from nld_cuda.decode.state import Request
 from nld_cuda.decode.stats import DecodeStats
 from nld_cuda.decode.text import Tokenizer
-from nld_cuda.parallel.group import gather_objects, together
+from nld_cuda.parallel.group import gather_objects, require_equal, together
 from nld_cuda.parallel.shard import Shard
 
 if TYPE_CHECKING:
@@ -183,12 +183,7 @@ def _agreed(
     plain = [replace(r, images=(), seed=0) for r in requests]
     call = (settings, plain, shown, cached, None if drawn_seeds else seeds)
     calls = gather_objects(shard.group, (call, seeds))
-    for rank, (other, _) in enumerate(calls):
-        if other != calls[0][0]:
-            raise ValueError(
-                f"generate: prompts and options must be the same on all ranks, rank {rank} got "
-                "others than rank 0"
-            )
+    require_equal([other for other, _ in calls], "generate: prompts and options")
     pairs = zip(requests, calls[0][1], strict=True)
     return settings, [replace(r, seed=seed) for r, seed in pairs]
 

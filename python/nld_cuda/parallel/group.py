@@ -107,6 +107,15 @@ def together(group: Any, what: str, work: Callable[[], T]) -> T:
     return result
 
 
+def require_equal(values: list[Any], what: str) -> None:
+    """Raise ValueError unless all ranks gave the same, of `gather_objects`: on all or on none."""
+    for rank, value in enumerate(values):
+        if value != values[0]:
+            raise ValueError(
+                f"{what} must be the same on all ranks, rank {rank} got others than rank 0"
+            )
+
+
 def gather_objects(group: Any, value: Any) -> list[Any]:
     """`value` of every rank, in order. Pickled: for small host objects of our own."""
     values = [None] * dist.get_world_size(group)
