@@ -362,7 +362,7 @@ def test_errors(tmp_path: Path, capsys: Any) -> None:
     fields = json.loads((folder / "config.json").read_text())
     del fields["quantization_config"]
     (folder / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"_proj.weight must be floating-point, got float8"):
+    with pytest.raises(ValueError, match=r"of another dtype .14.: .*F8_E4M3, expected one of"):
         quantize(folder, tmp_path / "y", format="fp8")
 
 
@@ -377,9 +377,16 @@ def test_broken_sources(format: str, tmp_path: Path) -> None:
         source = write_checkpoint(tmp_path / "a", fields, weights)
         with pytest.raises(ValueError, match=r"a/model.safetensors: .*v_proj.weight must hold fin"):
             quantize(source, tmp_path / "b", **options)
-    del weights[name]
-    with pytest.raises(ValueError, match=r"v_proj.weight \(1 matrices are missing\)"):
-        quantize(write_checkpoint(tmp_path / "a", fields, weights), tmp_path / "b", **options)
+    del weights[name], weights["encoder.norm.weight"]
+    weights["encoder.more"] = torch.zeros(3)
+    source = write_checkpoint(tmp_path / "a", fields, weights)
+    with pytest.raises(ValueError, match=r"unknown \(1\): .*more; missing \(2\): .*v_proj.*norm"):
+        quantize(source, tmp_path / "c", **options)
+    assert not (tmp_path / "c").exists()
+    with pytest.raises(TypeError, match="target must be a path, got NoneType"):
+        quantize(source, None, **options)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="head must be a bool, got 2"):
+        quantize(source, tmp_path / "c", head=2, **options)  # type: ignore[arg-type]
 
 
 def test_nld_tiny_keeps_its_accuracy(tmp_path: Path) -> None:

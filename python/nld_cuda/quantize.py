@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nld_cuda.api import checkpoint_folder
-from nld_cuda.model.checkpoint import EMBEDDING, canonical_name, matrix_shapes
+from nld_cuda.model.checkpoint import EMBEDDING, canonical_name, check_tensors, matrix_shapes
 from nld_cuda.model.config import ModelConfig
 from nld_cuda.model.fp8 import quantize as to_fp8
 from nld_cuda.model.int4 import GROUP_SIZES, pack_words
@@ -77,9 +77,15 @@ def quantize(
 
     Raises:
         FileNotFoundError: source has no checkpoint.
-        ValueError: a rule above is broken, or target is source, inside of it, or holds another
-            checkpoint (also one of files that have changed since).
+        TypeError: source or target is no path, head no bool.
+        ValueError: a rule above is broken, tensors of source do not fit its config.json, or target
+            is source, inside of it, or holds another checkpoint (also one of files that have
+            changed since).
     """
+    if not isinstance(target, str | Path):
+        raise TypeError(f"quantize: target must be a path, got {type(target).__name__}")
+    if not isinstance(head, bool):
+        raise TypeError(f"quantize: head must be a bool, got {head!r}")
     folder, out = checkpoint_folder(source), Path(target)
     config = ModelConfig.from_file(folder)
     if config.quantization is not None:
@@ -108,8 +114,7 @@ def quantize(
                 f"({', '.join(map(str, fitting)) or 'none does'}), got {group_size}"
             )
     files = TensorFiles(checkpoint_files(folder), canonical_name)
-    if missing := [name for name in matrices if name not in files]:
-        raise ValueError(f"{folder}: must hold {missing[0]} ({len(missing)} matrices are missing)")
+    check_tensors(files, config)
     settings = f"int4 group_size={group_size}" if format == "int4" else format
     of_what = f"{settings} head={head} of {folder.resolve()}"
     marks = {file.name: f"{of_what}, {_version(file)}" for file in files.files}
@@ -171,14 +176,6 @@ def _stored(
     weight = files.read(name)
     if name not in matrices:
         return {original: weight}
-    if tuple(weight.shape) != matrices[name]:
-        raise ValueError(
-            f"{files.where(name)} must be {list(matrices[name])}, got {list(weight.shape)}"
-        )
-    if files.dtype(name) is None:
-        raise ValueError(
-            f"{files.where(name)} must be floating-point, got {str(weight.dtype).split('.')[1]}"
-        )
     rounded = [
         to_fp8(rows) if group_size is None else to_int4(rows, group_size)
         for rows in weight.split(_ROWS)

@@ -150,21 +150,8 @@ def load_model(
     files = TensorFiles(checkpoint_files(folder), canonical_name)
     tied = config.tie_word_embeddings
     vision = vision_shapes(config)
-    plan = _plan(config) | {name: (None, name, shape) for name, shape in vision.items()}
-    extra = {"diffusion_head.weight"} if tied else set()
     stored_format = _stored_format(files, config)
-    expected: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, tuple[str, ...]] = {}
-    quantised = set()
-    for name, (_, _, shape) in plan.items():
-        is_matrix = len(shape) == 2 and name != EMBEDDING and name not in vision
-        if stored_format is None or not is_matrix or not stored_format.holds(name):
-            expected[name] = shape
-            continue
-        quantised.add(name)
-        for stored, (stored_shape, possible) in stored_format.stored(name, shape).items():
-            expected[stored], dtypes[stored] = stored_shape, possible
-    files.check(expected, lambda name: name in extra or IGNORED.fullmatch(name) is not None, dtypes)
+    quantised = check_tensors(files, config, stored_format)
     target_device = resolve_device(device)
     if shard is not None and target_device == torch.device("cuda"):
         target_device = local_device(process_group)
@@ -175,7 +162,7 @@ def load_model(
     parameters: dict[Place, Weight] = {}
     pieces = _pieces(config, shard) | {name: Piece.whole(shape) for name, shape in vision.items()}
     done, total = 0, sum(_count(p.size) for p in pieces.values()) * target_dtype.itemsize
-    for place, names in _by_place(plan).items():
+    for place, names in _by_place(_plan(config) | _vision_plan(config)).items():
         wanted = {name: pieces[name] for name in names}
         parameter: Weight | None = None
         if stays and stored_format is not None and quantised.issuperset(wanted):
@@ -212,6 +199,31 @@ def load_model(
         processor = ImageProcessor.from_folder(folder, config.vision)
         model.vision = VisionEncoder(config, tensors, processor)
     return model
+
+
+def check_tensors(
+    files: TensorFiles, config: ModelConfig, stored_format: StoredFormat | None = None
+) -> set[str]:
+    """Compare files with what config.json implies; return the names of quantised matrices.
+
+    Raises:
+        ValueError: tensors are unknown, missing, or of a wrong shape or dtype; all are listed.
+    """
+    expected: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, tuple[str, ...]] = {}
+    quantised = set()
+    matrices = matrix_shapes(config)
+    for name, (_, _, shape) in (_plan(config) | _vision_plan(config)).items():
+        is_matrix = name in matrices and name != EMBEDDING
+        if stored_format is None or not is_matrix or not stored_format.holds(name):
+            expected[name] = shape
+            continue
+        quantised.add(name)
+        for stored, (stored_shape, possible) in stored_format.stored(name, shape).items():
+            expected[stored], dtypes[stored] = stored_shape, possible
+    extra = {"diffusion_head.weight"} if config.tie_word_embeddings else set()
+    files.check(expected, lambda name: name in extra or IGNORED.fullmatch(name) is not None, dtypes)
+    return quantised
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
@@ -282,6 +294,11 @@ def _pieces(config: ModelConfig, shard: Shard | None) -> dict[str, Piece]:
     begins = dict.fromkeys(sizes, 0) if shard is None else shard.begins
     plans = (_plan(config), _plan(config, begins), _plan(config, sizes))
     return {name: Piece(*(plan[name][2] for plan in plans)) for name in plans[0]}
+
+
+def _vision_plan(config: ModelConfig) -> Plan:
+    """The tensors of the vision tower, each a parameter of its own."""
+    return {name: (None, name, shape) for name, shape in vision_shapes(config).items()}
 
 
 def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
