@@ -128,24 +128,27 @@ def details() -> Iterator[str]:
 
 
 def loading() -> Iterator[str]:
-    """Lay out how long a checkpoint takes to load, and the memory."""
-    for path in sorted((ROOT / "benchmarks/results").glob("load_*.json")):
-        document = load(path.stem)
-        yield ""
-        yield f"## Loading: `{document['command']}`"
-        yield ""
-        yield "| weights | device | files | time | GB/s | peak resident memory |"
-        yield "|---|---|---|---|---|---|"
+    """Lay out how long checkpoints take to load, and the memory."""
+    names = sorted(path.stem for path in (ROOT / "benchmarks/results").glob("load_*.json"))
+    if not names:
+        return
+    yield ""
+    yield "## Loading: `python benchmarks/bench_load.py`"
+    yield ""
+    yield "| command | weights | device | files | time | GB/s | peak resident memory |"
+    yield "|---|---|---|---|---|---|---|"
+    for document in map(load, names):
         over = document["peak_over_weights"]
         memory = f"{document['peak_bytes'] / 2**20:.0f} MiB"
         yield (
-            f"| {document['weight_bytes'] / 2**20:.0f} MiB {document['dtype']} "
-            f"| {document['device']} | {'cold' if document['cold'] else 'in the page cache'} "
+            f"| `{document['command'].partition('.py ')[2]}` "
+            f"| {document['weight_bytes'] / 2**20:.0f} MiB | {document['device']} "
+            f"| {'cold' if document['cold'] else 'in the page cache'} "
             f"| {document['seconds']:.1f} s | {document['gb_per_second']:.2f} "
             f"| {memory}{'' if over is None else f', {over:.3f} x the weights'} |"
         )
-        yield ""
-        yield source(document).partition(", ")[2]
+    yield ""
+    yield source(document).partition(", ")[2]
 
 
 def predictions() -> Iterator[str]:
