@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import nld_cuda
 from nld_cuda import cli
+from nld_cuda.api import ASSETS
 from nld_cuda.cli import demo_problems
 from nld_cuda.decode.run import MODES
 
@@ -99,6 +102,16 @@ def test_compare(capsys: Any) -> None:
     code, out, _ = run(capsys, "compare", PROMPT, "--max-new-tokens", "48")
     assert code == 0
     assert "tokens/forward" in out and "equal to ar" in out
+
+
+def test_compare_of_a_model_without_a_mask_token(tmp_path: Path, capsys: Any) -> None:
+    folder = shutil.copytree(ASSETS / "nld-tiny", tmp_path / "causal")
+    fields = json.loads((folder / "config.json").read_text()) | {"model_type": "ministral3"}
+    del fields["mask_token_id"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    code, out, _ = run(capsys, "compare", PROMPT, "--model", str(folder), "--json")
+    assert code == 0
+    assert [row["mode"] for row in json.loads(out)[0]["modes"]] == ["ar"]
 
 
 def test_every_decode_mode_has_a_name_here() -> None:

@@ -405,7 +405,8 @@ def run_compare(args: argparse.Namespace) -> int:
     images = None
     for problem in problems:
         problem["prompt"], images = with_images(model, args, problem["prompt"])
-    runs = [(mode, decode_options(args, mode, all_modes=True)) for mode in MODES]
+    modes = MODES if model.config.mask_token_id is not None else MODES[:1]
+    runs = [(mode, decode_options(args, mode, all_modes=True)) for mode in modes]
     # A short first round is not counted: it pays for page faults and torch's own set-up.
     for mode_options in (options for _, options in runs):
         warm_up = {**mode_options, "max_new_tokens": 16, "images": images}
