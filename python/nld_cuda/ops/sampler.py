@@ -127,6 +127,31 @@ def commit_(
     al. 2025); Gumbel maximum with Philox4x32-10 (Salmon et al. 2011).
     Meaning: `reference.commit_`.
     """
+    outputs = commit_outputs(
+        block_tokens, rule, candidates, confidence, num_committed, num_remaining, done
+    )
+    _library.nld.commit_(
+        logits, block_tokens, is_masked, cu_seqlens, rule, threshold,
+        mask_token_id=mask_token_id, quota=quota, revise_threshold=revise_threshold,
+        is_fixed=is_fixed, banned_token_ids=banned_token_ids, eos_token_ids=eos_token_ids,
+        temperature=temperature, seed=seed, positions=positions, purpose=int(purpose),
+        candidates=outputs.candidates, confidence=outputs.confidence,
+        num_committed=outputs.num_committed, num_remaining=outputs.num_remaining,
+        done=outputs.done, tickets=tickets,
+    )  # fmt: skip
+    return outputs
+
+
+def commit_outputs(
+    block_tokens: Tensor,
+    rule: Tensor,
+    candidates: Tensor | None,
+    confidence: Tensor | None,
+    num_committed: Tensor | None,
+    num_remaining: Tensor | None,
+    done: Tensor | None,
+) -> CommitResult:
+    """Return the outputs of a commit: those that are given, new ones for the others."""
     if candidates is None:
         candidates = block_tokens.clone()
     if confidence is None:
@@ -137,14 +162,6 @@ def commit_(
         num_remaining = torch.zeros_like(rule)
     if done is None:
         done = torch.zeros_like(rule, dtype=torch.bool)
-    _library.nld.commit_(
-        logits, block_tokens, is_masked, cu_seqlens, rule, threshold,
-        mask_token_id=mask_token_id, quota=quota, revise_threshold=revise_threshold,
-        is_fixed=is_fixed, banned_token_ids=banned_token_ids, eos_token_ids=eos_token_ids,
-        temperature=temperature, seed=seed, positions=positions, purpose=int(purpose),
-        candidates=candidates, confidence=confidence, num_committed=num_committed,
-        num_remaining=num_remaining, done=done, tickets=tickets,
-    )  # fmt: skip
     return CommitResult(candidates, confidence, num_committed, num_remaining, done)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nld_cuda import _library
-from nld_cuda.ops.sampler import CommitResult, Purpose
+from nld_cuda.ops.sampler import CommitResult, Purpose, commit_outputs
 from nld_cuda.ops.verify import VerifyResult
 
 # A part: eight int32 words, what the logits of up to 8192 neighbouring token ids say about one row.
@@ -130,24 +130,18 @@ def commit_parts_(
     On CUDA one launch. Workspace: 5 bytes a row.
     Meaning: `reference.commit_parts_`.
     """
-    if candidates is None:
-        candidates = block_tokens.clone()
-    if confidence is None:
-        confidence = torch.ones_like(block_tokens, dtype=torch.float32)
-    if num_committed is None:
-        num_committed = torch.zeros_like(rule)
-    if num_remaining is None:
-        num_remaining = torch.zeros_like(rule)
-    if done is None:
-        done = torch.zeros_like(rule, dtype=torch.bool)
+    outputs = commit_outputs(
+        block_tokens, rule, candidates, confidence, num_committed, num_remaining, done
+    )
     _library.nld.commit_parts_(
         parts, block_tokens, is_masked, cu_seqlens, rule, threshold, vocab=vocab,
         mask_token_id=mask_token_id, quota=quota, revise_threshold=revise_threshold,
         is_fixed=is_fixed, banned_token_ids=banned_token_ids, eos_token_ids=eos_token_ids,
-        candidates=candidates, confidence=confidence, num_committed=num_committed,
-        num_remaining=num_remaining, done=done,
+        candidates=outputs.candidates, confidence=outputs.confidence,
+        num_committed=outputs.num_committed, num_remaining=outputs.num_remaining,
+        done=outputs.done,
     )  # fmt: skip
-    return CommitResult(candidates, confidence, num_committed, num_remaining, done)
+    return outputs
 
 
 @torch.library.register_fake("nld::commit_parts_")
