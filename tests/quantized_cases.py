@@ -11,11 +11,12 @@ import transformers
 from torch import Tensor
 
 from compare import assert_equal
-from model_session import Session, relative_error
+from model_session import Session, random_tokens, relative_error
 from nld_cuda.model import NLDModel, load_model
 from nld_cuda.model.linear import linear
 from nld_cuda.ops import MaskMode
 from nld_cuda.parallel.shard import Shard
+from nld_cuda.quantize import quantize
 
 # Sides that quantised products take: multiples of 32 inputs, of 16 outputs.
 SIDES = {
@@ -56,6 +57,27 @@ def llama_weights(ours: NLDModel, llama: Any) -> list[tuple[Tensor, Tensor]]:
             assert isinstance(mine, Tensor)
             pairs.append((mine, torch.cat([linear.weight for linear in theirs]).detach()))
     return pairs
+
+
+def assert_transformers_reads_alike(tmp_path: Path, least_change: float, **options: Any) -> None:
+    """What `quantize` writes, decompressed by the compressed-tensors package itself."""
+    torch.manual_seed(0)
+    small_llama().save_pretrained(tmp_path / "dense", max_shard_size="60KB")
+    assert quantize(tmp_path / "dense", tmp_path / "small", **options).num_quantized == 14
+    other = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "small",
+        quantization_config=transformers.CompressedTensorsConfig(dequantize=True),
+        dtype=torch.float32,
+    ).eval()
+    dense = load_model(tmp_path / "small", "cpu", "float32")
+    for mine, theirs in llama_weights(dense, other):
+        assert_equal(mine.bfloat16().float(), theirs, "they expand to bfloat16")
+    (tokens,) = random_tokens({"vocab_size": 64}, 30)
+    with torch.no_grad():
+        expected = other(tokens[None]).logits[0].double()
+    assert relative_error(logits_of(dense, tokens), expected) <= 0.02
+    unquantized = load_model(tmp_path / "dense", "cpu")
+    assert relative_error(logits_of(unquantized, tokens), expected) > least_change
 
 
 def assert_parts_make_up(folder: Path, num_ranks: int = 2) -> None:

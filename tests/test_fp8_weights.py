@@ -22,7 +22,13 @@ from nld_cuda import cli
 from nld_cuda.model import ModelConfig, NLDModel, fp8, load_model
 from nld_cuda.model.fp8 import Fp8Matrix
 from nld_cuda.quantize import quantize
-from quantized_cases import SIDES, assert_parts_make_up, llama_weights, logits_of, small_llama
+from quantized_cases import (
+    SIDES,
+    assert_parts_make_up,
+    assert_transformers_reads_alike,
+    llama_weights,
+    logits_of,
+)
 from tiny_model import config_fields, random_lora, random_weights, write_checkpoint
 
 TINY = nld_cuda.api.ASSETS / "nld-tiny"
@@ -290,24 +296,7 @@ def test_wrong_configs() -> None:
 
 
 def test_quantized_llama_is_read_alike_by_transformers(tmp_path: Path) -> None:
-    """What `quantize` writes, decompressed by the compressed-tensors package itself."""
-    torch.manual_seed(0)
-    small_llama().save_pretrained(tmp_path / "dense", max_shard_size="60KB")
-    assert quantize(tmp_path / "dense", tmp_path / "fp8", format="fp8").num_quantized == 14
-    options = transformers.CompressedTensorsConfig(dequantize=True)
-    other = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "fp8", quantization_config=options, dtype=torch.float32
-    ).eval()
-    dense = load_model(tmp_path / "fp8", "cpu", "float32")
-    for mine, theirs in llama_weights(dense, other):
-        assert_equal(mine.bfloat16().float(), theirs, "they expand to bfloat16")
-    (tokens,) = random_tokens({"vocab_size": 64}, 30)
-    with torch.no_grad():
-        expected = other(tokens[None]).logits[0].double()
-    print(relative_error(logits_of(dense, tokens), expected))
-    assert relative_error(logits_of(dense, tokens), expected) <= 0.02
-    unquantized = load_model(tmp_path / "dense", "cpu")
-    assert relative_error(logits_of(unquantized, tokens), expected) > 0.02
+    assert_transformers_reads_alike(tmp_path, 0.02, format="fp8")
 
 
 @pytest.mark.parametrize("is_tied", [False, True])

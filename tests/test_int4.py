@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +22,12 @@ from nld_cuda import cli
 from nld_cuda.model import int4, load_model
 from nld_cuda.model.int4 import Int4Matrix
 from nld_cuda.quantize import quantize
-from quantized_cases import SIDES, assert_parts_make_up, llama_weights, logits_of, small_llama
+from quantized_cases import (
+    SIDES,
+    assert_parts_make_up,
+    assert_transformers_reads_alike,
+    logits_of,
+)
 from tiny_model import config_fields, random_lora, random_weights, write_checkpoint
 
 TINY = nld_cuda.api.ASSETS / "nld-tiny"
@@ -172,24 +176,7 @@ def test_wrong_gptq_checkpoints(tmp_path: Path) -> None:
 
 
 def test_quantized_llama_is_read_alike_by_transformers(tmp_path: Path) -> None:
-    """What `quantize` writes, decompressed by the compressed-tensors package itself."""
-    torch.manual_seed(0)
-    small_llama().save_pretrained(tmp_path / "dense", max_shard_size="60KB")
-    summary = quantize(tmp_path / "dense", tmp_path / "int4", group_size=32)
-    assert summary.num_quantized == 14
-    options = transformers.CompressedTensorsConfig(dequantize=True)
-    other = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "int4", quantization_config=options, dtype=torch.float32
-    ).eval()
-    dense = load_model(tmp_path / "int4", "cpu", "float32")
-    for mine, theirs in llama_weights(dense, other):
-        assert_equal(mine.bfloat16().float(), theirs, "they expand to bfloat16")
-    (tokens,) = random_tokens({"vocab_size": 64}, 30)
-    with torch.no_grad():
-        expected = other(tokens[None]).logits[0].double()
-    assert relative_error(logits_of(dense, tokens), expected) <= 0.02
-    unquantized = load_model(tmp_path / "dense", "cpu")
-    assert relative_error(logits_of(unquantized, tokens), expected) > 0.05
+    assert_transformers_reads_alike(tmp_path, 0.05, group_size=32)
 
 
 @pytest.mark.parametrize("head", [False, True])

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nld_cuda.model.linear import slice_len
+
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
 
@@ -64,11 +66,6 @@ class Fp8Matrix:
             rows = slice(begin, begin + step)
             torch.mm(x, widen(self.codes[rows]).t(), out=result[:, rows])
         return result.mul_(self.scales.t())
-
-
-def slice_len(device: torch.device) -> int:
-    """Weights to expand at a time: what fits a CPU's cache; on a GPU what keeps launches few."""
-    return 1 << 20 if device.type == "cpu" else 1 << 25
 
 
 def can_scale(shape: tuple[int, int]) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nld_cuda.model.fp8 import slice_len
+from nld_cuda.model.linear import slice_len
 
 GROUP_SIZES = (32, 64, 128, 256)  # of torch's kernels
 ZERO = 8

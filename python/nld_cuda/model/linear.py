@@ -71,3 +71,8 @@ def linear_add_(residual: Tensor, x: Tensor, weight: Weight, lora: Lora | None =
 def lora_add_(residual: Tensor, x: Tensor, lora: Lora) -> None:
     """Add a low-rank side path to `residual` in place. residual `[rows, out]`, x `[rows, in]`."""
     residual.addmm_(torch.mm(x, lora.a.t()), lora.b.t(), alpha=lora.scale)
+
+
+def slice_len(device: torch.device) -> int:
+    """Weights to expand at a time: what fits a CPU's cache; on a GPU what keeps launches few."""
+    return 1 << 20 if device.type == "cpu" else 1 << 25
